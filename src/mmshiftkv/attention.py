@@ -1,0 +1,207 @@
+"""How a decoder layer makes its queries: projection, query norm and rotary embedding, rebuilt from the model's parts."""
+
+import copy
+import inspect
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+# What an attention module may have that changes its logits in a way the proxies' logits would miss.
+_FOREIGN_PARTS = {
+    "sinks": "attention sinks",
+    "attn_logit_softcapping": "logit soft-capping",
+    "lambda_q1": "differential attention",
+}
+_checked: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+class AttentionLayer:
+    """One attention module of a text decoder, as the maker of its queries.
+
+    It belongs to the model, not to a cache: a deep copy of it is itself.
+
+    Raises:
+        ValueError: the module lacks a part, or has one that the method does not know; the message names it.
+    """
+
+    def __init__(self, module: nn.Module, index: int, rotary: nn.Module, layer_type: str | None) -> None:
+        self.module = module
+        self.index = index
+        self.scaling: float = self._part("scaling")
+        self.head_dim: int = self._part("head_dim")
+        self._part("q_proj")
+        self._part("k_proj")
+        self._rotate = _rotation_function(module, self._name)
+        self._rotary = rotary
+        self._layer_type = layer_type
+        self._steps: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+        for name, reason in _FOREIGN_PARTS.items():
+            if getattr(module, name, None) is not None:
+                raise ValueError(f"{self._name} is not supported: it has {reason} ({name})")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionLayer":
+        return self
+
+    @property
+    def _name(self) -> str:
+        return f"model: layer {self.index} ({type(self.module).__name__})"
+
+    def _part(self, name: str) -> Any:
+        if not hasattr(self.module, name):
+            raise ValueError(f"{self._name} is not supported: it has no attribute {name!r}")
+        return getattr(self.module, name)
+
+    def project_queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Queries before rotation, (B, H, n, D), of attention inputs (B, n, d): projection, bias and query norm."""
+        return self._project("q", hidden_states)
+
+    def rotate(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Rotates (B, H, n, D) by cos and sin, (B or 1, n, rotary dim), as the model itself does."""
+        if not getattr(self.module, "use_rope", True):
+            return states
+        return self._rotate(states, states, cos, sin)[0]
+
+    def advance(
+        self, cos: torch.Tensor, sin: torch.Tensor, *, count: int, stride: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotary factors at `count` later positions, `stride` apart, after the position of cos and sin.
+
+        All axes of a multimodal rotary embedding advance together, as they do for text.
+
+        Args:
+            cos, sin: (B or 1, 1, rotary dim), of one position.
+
+        Returns:
+            cos and sin, (B or 1, count, rotary dim), of the same dtype.
+        """
+        step_cos, step_sin = self._step_factors(count, stride, cos.device)
+        wide_cos, wide_sin = cos.float(), sin.float()
+        later_cos = wide_cos * step_cos - wide_sin * step_sin
+        later_sin = wide_sin * step_cos + wide_cos * step_sin
+        return later_cos.to(cos.dtype), later_sin.to(sin.dtype)
+
+    def _step_factors(self, count: int, stride: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of the angles between a position and the `count` next ones, (1, count, rotary dim) float32."""
+        key = (count, stride, device)
+        if key not in self._steps:
+            positions = torch.arange(count + 1, device=device)[None] * stride
+            cos, sin = rotary_factors(self._rotary, positions, self._layer_type)
+            # Some embeddings scale cos and sin to scale the logits; cos at position 0 is that factor alone.
+            scale = cos[:, :1]
+            factors = cos[:, 1:] / scale, sin[:, 1:] / scale
+            if not _is_static(self._rotary):
+                return factors
+            self._steps[key] = factors
+        return self._steps[key]
+
+    def _project(self, letter: str, hidden_states: torch.Tensor) -> torch.Tensor:
+        projected = getattr(self.module, f"{letter}_proj")(hidden_states)
+        norm = getattr(self.module, f"{letter}_norm", None) or getattr(self.module, f"{letter}_layernorm", None)
+        weight = getattr(norm, "weight", None)
+        # OLMo 2 and others norm all heads at once, Qwen 3 and others each head by itself.
+        norm_is_joint = weight is not None and weight.ndim == 1 and weight.shape[0] == projected.shape[-1]
+        if norm is not None and norm_is_joint:
+            projected = norm(projected)
+        heads = projected.unflatten(-1, (-1, self.head_dim))
+        if norm is not None and not norm_is_joint:
+            heads = norm(heads)
+        return heads.transpose(1, 2)
+
+    def check(self, hidden_size: int) -> None:
+        """Runs two made-up tokens through the module and compares its keys with those rebuilt from its parts.
+
+        Queries are made like keys in every decoder with a standard projection, so equal keys show that projection,
+        norm and rotation are understood.  A module that passed once is not checked again.
+
+        Raises:
+            ValueError: they differ, or the module cannot be run like a standard attention module.
+        """
+        parameter = next(self.module.parameters())
+        if self.module in _checked or parameter.device.type == "meta":
+            return
+        weight = getattr(self.module.k_proj, "weight", parameter)
+        dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
+        hidden = torch.arange(2 * hidden_size, device=parameter.device).sin().view(1, 2, hidden_size).to(dtype)
+        positions = torch.tensor([[3, 11]], device=parameter.device)
+        try:
+            with torch.no_grad():
+                cos, sin = (part.to(dtype) for part in rotary_factors(self._rotary, positions, self._layer_type))
+                expected = _keys_of(self.module, hidden, cos, sin)
+                rebuilt = self.rotate(self._project("k", hidden), cos, sin)
+                queries = self.project_queries(hidden)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ValueError(f"{self._name} is not supported: its keys could not be rebuilt ({error})") from error
+        if expected.shape != rebuilt.shape or not torch.allclose(expected, rebuilt, rtol=0.05, atol=0.01):
+            raise ValueError(
+                f"{self._name} is not supported: its keys are not its k_proj, norm and apply_rotary_pos_emb in a row"
+            )
+        shared = getattr(self.module, "num_key_value_groups", queries.shape[1] // expected.shape[1])
+        if queries.shape[1] != shared * expected.shape[1]:
+            raise ValueError(
+                f"{self._name} is not supported: q_proj gives {queries.shape[1]} heads of {self.head_dim}, not "
+                f"num_key_value_groups={shared} for each of the {expected.shape[1]} KV heads"
+            )
+        _checked.add(self.module)
+
+
+def rotary_factors(
+    rotary: nn.Module, positions: torch.Tensor, layer_type: str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, (1, n, rotary dim) float32, of positions (1, n), with the frequencies now in use.
+
+    The module itself is neither called nor changed: dynamic embeddings recompute their frequencies when called, which
+    a look at a few positions must not cause.
+    """
+    still = copy.copy(rotary)
+    rope_type = getattr(rotary, "rope_type", "default")
+    still.rope_type = dict.fromkeys(rope_type, "default") if isinstance(rope_type, dict) else "default"
+    device = next(rotary.buffers(), positions).device
+    where = positions.to(device)
+    if hasattr(rotary, "mrope_section"):
+        where = where[None].expand(3, -1, -1)
+    forward = type(rotary).forward
+    arguments = (layer_type,) if "layer_type" in inspect.signature(forward).parameters else ()
+    cos, sin = forward(still, torch.zeros(1, device=device), where, *arguments)
+    return cos.to(positions.device), sin.to(positions.device)
+
+
+def _is_static(rotary: nn.Module) -> bool:
+    rope_type = getattr(rotary, "rope_type", "default")
+    kinds = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
+    return not any(kind == "longrope" or "dynamic" in kind for kind in kinds)
+
+
+def _rotation_function(module: nn.Module, name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    function = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    if function is None:
+        raise ValueError(f"{name} is not supported: its module defines no apply_rotary_pos_emb")
+    return function
+
+
+class _KeysSeen(Exception):
+    """Ends the attention module's forward pass once its keys are known."""
+
+
+class _KeyRecorder:
+    """Stands in for a cache and keeps what it is given."""
+
+    keys: torch.Tensor
+
+    def update(self, keys: torch.Tensor, *_: Any, **__: Any) -> None:
+        self.keys = keys
+        raise _KeysSeen
+
+
+def _keys_of(module: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    recorder = _KeyRecorder()
+    try:
+        module(
+            hidden_states=hidden, position_embeddings=(cos, sin), attention_mask=None, past_key_values=recorder
+        )
+    except _KeysSeen:
+        return recorder.keys
+    raise RuntimeError("it does not pass its keys to past_key_values.update")

@@ -1,0 +1,296 @@
+"""The caches: a DynamicCache that selects from each layer's prompt while it is being prefilled."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from shiftkv_kernels import gather, keep_best
+
+from .config import ShiftKVConfig, check_budget, tokens_to_keep
+from .decoder import Decoder, text_decoder
+from .layer import SelectedLayer
+from .observation import Observation, Observer
+from .padding import PromptPadding
+from .policies import Policy, ShiftKV
+from .report import CacheReport, report_of
+
+# While assisted decoding records, the first forward pass holds the prompt and its first candidates; of them, this many
+# last tokens stay as they are seen until the accepted ones are known.
+_MOST_CANDIDATES = 256
+
+
+class PrefillSelectionCache(DynamicCache):
+    """A cache that keeps, of each full-attention layer's prompt, the tokens that a policy scores highest.
+
+    The prompt itself is attended to in full; only what is stored is less.  Later tokens, those of later chat turns
+    included, are all stored.  Positions go on as if nothing had been dropped.  Layers of other kinds (sliding window,
+    linear attention, shared) are what `DynamicCache(config=...)` makes them.
+
+    One cache serves one conversation at a time: call `reset()` before another prompt.  Gradients do not flow through
+    what is stored.
+
+    Args:
+        model: the model that the cache will be used with.
+        policy: gives the scores.
+        budget: tokens kept per KV head and layer (int), or the share of the prompt's columns (float), rounded up.
+        max_new_tokens: tokens to reserve storage for behind the prompt; None: storage grows.
+        prefill: "single", or "chunked" when several forward passes hold the prompt.
+        prompt_length: columns of the whole prompt, for "chunked"; None: the first one-token pass ends the prompt.
+
+    Raises:
+        TypeError, ValueError: `model` is not supported (the message names what is missing), or a bad budget.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: Policy,
+        budget: int | float,
+        *,
+        max_new_tokens: int | None = None,
+        prefill: str = "single",
+        prompt_length: int | None = None,
+    ) -> None:
+        check_budget(budget)
+        text_decoder(model)
+        super().__init__(config=model.config)
+        # Exactly this class: its subclasses drop or share tokens by rules of their own.
+        selected = [index for index, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
+        if not selected:
+            raise ValueError(f"model: {type(model).__name__} is not supported: it has no full-attention layer")
+        self._decoder = Decoder(model, selected)
+        for index in selected:
+            self.layers[index] = SelectedLayer(reserve=max_new_tokens or 0)
+        self._selected = selected
+        self._policy = policy
+        self._budget = budget
+        self._prefill = prefill
+        self._prompt_length = prompt_length
+        self._observer = Observer(self._decoder)
+        self._padding: PromptPadding | None = None
+
+    def kept_indices(self, layer: int) -> torch.Tensor | None:
+        """The columns of the first prompt's input that `layer` holds.
+
+        Returns:
+            (batch, kv_heads, kept) int64, ascending, padding counted; it follows beams and row selection.  None before
+            the prefill has ended, and for layers that are not compressed.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < len(self.layers):
+            raise ValueError(f"layer={layer!r} must be an int from 0 to {len(self.layers) - 1}")
+        held = self.layers[layer]
+        return held.kept_indices if isinstance(held, SelectedLayer) else None
+
+    def report(self) -> CacheReport:
+        """Tokens seen and stored, bytes stored and saved, by layer and in all; prints as a table."""
+        return report_of(self.layers)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As in transformers.  It is also the first that a cache hears of a forward pass, so a prefill starts here.
+
+        Raises:
+            ValueError: an empty prompt, or a cache whose last prefill was interrupted.
+        """
+        self._begin_forward(query_length)
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores what is kept of new keys and values, (B, H_kv, t, D), and returns what this pass attends to.
+
+        Raises:
+            ValueError: the prompt is padded elsewhere than on the left, longer than `prompt_length`, or was not seen:
+                the cache belongs to another model, or the model was given a ready-made 4-D mask.
+        """
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, SelectedLayer) or not self._in_prompt(layer):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        observation = self._observer.take(layer_idx)
+        if observation is None:
+            self._observer.disarm()
+            raise ValueError(
+                f"model: layer {layer_idx} was not seen while it got its prompt.  Either the cache was built for "
+                "another model than the one that is run (build it for this one), or the model was given a 4-D "
+                "attention_mask (give it the 2-D one)"
+            )
+        with torch.no_grad():
+            return self._store_prompt(layer_idx, layer, observation, key_states.detach(), value_states.detach())
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens; `tokens_to_remove` is their number, negative.
+
+        Raises:
+            ValueError: it is positive, or reaches into a compressed prompt; nothing is changed then.
+        """
+        for index in self._selected:
+            self.layers[index].check_crop(tokens_to_remove)
+        pending = self.layers[self._selected[0]].pending
+        if pending:
+            self._take_back(-tokens_to_remove)
+        super().crop(tokens_to_remove)
+        self._end_pending_prompt()
+
+    def reset(self) -> None:
+        """Empties the cache for another prompt."""
+        self._observer.disarm()
+        self._padding = None
+        super().reset()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Takes the batch rows `beam_idx`, in that order."""
+        self._end_pending_prompt()
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each batch row `repeats` times."""
+        self._end_pending_prompt()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Takes the batch rows `indices`: numbers or a boolean mask."""
+        self._end_pending_prompt()
+        super().batch_select_indices(indices)
+
+    def _in_prompt(self, layer: SelectedLayer) -> bool:
+        return layer.pending or layer.cumulative_length == 0
+
+    def _begin_forward(self, query_length: int) -> None:
+        first = self.layers[self._selected[0]]
+        if not self._in_prompt(first):
+            if any(self._in_prompt(self.layers[index]) for index in self._selected):
+                raise ValueError("the cache holds part of a prompt whose prefill was interrupted; call reset()")
+            return
+        if first.pending and (query_length == 1 or self._prefill != "chunked"):
+            self._end_pending_prompt()
+            return
+        if query_length == 0:
+            raise ValueError("input_ids: the prompt is empty; at least one token is needed")
+        self._check_chunk(first.cumulative_length + query_length)
+        self._padding = None
+        self._observer.arm(self)
+
+    def _check_chunk(self, tokens: int) -> None:
+        if self._prompt_length is not None and tokens > self._prompt_length:
+            raise ValueError(f"prompt_length={self._prompt_length}, but the prompt has at least {tokens} columns")
+        chunk = self._decoder.prefill_chunk_size
+        if self._prefill == "single" and chunk is not None:
+            raise ValueError(
+                f'prefill="single", but the model\'s generation_config sets prefill_chunk_size={chunk}: '
+                'build the cache with prefill="chunked"'
+            )
+
+    def _store_prompt(
+        self, index: int, layer: SelectedLayer, observation: Observation, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        seen = layer.cumulative_length + keys.shape[-2]
+        if self._padding is None:
+            self._padding = PromptPadding(observation.mask, keys.shape[0], seen, keys.device)
+        if self._prefill == "chunked" or layer.record_past:
+            return self._collect(index, layer, observation, keys, values)
+        self._padding.valid(keys.device)
+        if tokens_to_keep(self._budget, seen) == seen:
+            stored = layer.update(keys, values)
+            layer.keep_all()
+            return stored
+        self._select(index, layer, self._policy.observe(observation, None), keys, values)
+        return keys, values
+
+    def _collect(
+        self, index: int, layer: SelectedLayer, observation: Observation, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores a piece of a prompt that may have more to come, or whose last tokens may be taken back."""
+        if layer.tail is not None:
+            layer.summary = self._policy.observe(layer.tail, layer.summary)
+        tokens = keys.shape[-2]
+        sure = max(tokens - _MOST_CANDIDATES, 0) if layer.record_past else tokens
+        if sure:
+            layer.summary = self._policy.observe(observation.tokens(0, sure), layer.summary)
+        layer.tail = observation.tokens(sure, tokens).copied() if sure < tokens else None
+        stored = layer.collect(keys, values)
+        if layer.cumulative_length == self._prompt_length and not layer.record_past:
+            self._end_prompt(index, layer)
+        return stored
+
+    def _take_back(self, tokens: int) -> None:
+        """Forgets the last tokens of a prompt that is being collected."""
+        layers = [self.layers[index] for index in self._selected]
+        known = 0 if layers[0].tail is None else layers[0].tail.hidden_states.shape[1]
+        if tokens and tokens >= known:
+            raise ValueError(
+                f"tokens_to_remove={-tokens}: of a prompt whose selection is still to come, at most {max(known - 1, 0)} "
+                "tokens can be removed"
+            )
+        for layer in layers:
+            if layer.tail is not None:
+                layer.tail = layer.tail.tokens(0, known - tokens)
+        if self._padding is not None:
+            self._padding.take_back(tokens)
+
+    def _end_pending_prompt(self) -> None:
+        """Selects from a prompt that is complete but was still being collected."""
+        for index in self._selected:
+            if self.layers[index].pending:
+                self._end_prompt(index, self.layers[index])
+
+    @torch.no_grad()
+    def _end_prompt(self, index: int, layer: SelectedLayer) -> None:
+        assert self._padding is not None
+        self._padding.valid(layer.device)
+        if tokens_to_keep(self._budget, layer.cumulative_length) == layer.cumulative_length:
+            layer.keep_all()
+            return
+        summary = layer.summary if layer.tail is None else self._policy.observe(layer.tail, layer.summary)
+        self._select(index, layer, summary, layer.keys, layer.values)
+
+    def _select(
+        self, index: int, layer: SelectedLayer, summary: Any, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        assert self._padding is not None
+        seen = keys.shape[-2]
+        count = tokens_to_keep(self._budget, seen)
+        valid = self._padding.valid(keys.device)
+        scores = self._policy.score(self._decoder.attention[index], summary, keys, values, valid)
+        kept = keep_best(scores, count, valid)
+        layer.keep_selection(kept, *gather(keys, values, kept, capacity=layer.capacity_for(count)), seen)
+
+
+class ShiftKVCache(PrefillSelectionCache):
+    """A KV cache that keeps the prompt tokens which MM-ShiftKV selects.
+
+    `ShiftKVCache(model, budget=64)` takes the published settings of the model's family
+    (`ShiftKVConfig.for_model`) with the given ones on top; `ShiftKVCache(model, config)` takes a config as it is.  Pass
+    it as `past_key_values` to `model.generate`.
+
+    Args:
+        model: the model that the cache will be used with.
+        config: all settings.
+        settings: fields of `ShiftKVConfig`, at least `budget`; not together with `config`.
+
+    Raises:
+        TypeError: both or neither of config and settings, an unknown field, a value of the wrong type.
+        ValueError: a value out of range, or a model that is not supported; the message says what is wrong.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: ShiftKVConfig | None = None, **settings: Any) -> None:
+        text_decoder(model)
+        if config is None:
+            config = ShiftKVConfig.for_model(model, **settings)
+        elif settings:
+            raise TypeError(f"config and {', '.join(settings)} were both given; use config.replace(...) instead")
+        elif not isinstance(config, ShiftKVConfig):
+            raise TypeError(f"config={config!r} must be a ShiftKVConfig; the budget is a keyword: budget=64")
+        self.config = config
+        super().__init__(
+            model,
+            ShiftKV(config),
+            config.budget,
+            max_new_tokens=config.max_new_tokens,
+            prefill=config.prefill,
+            prompt_length=config.prompt_length,
+        )

@@ -1,0 +1,174 @@
+"""What an attention layer sees during a prefill, and the hooks that show it to a cache."""
+
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .decoder import Decoder
+
+# Registering a hook is not atomic in torch, and caches of one model may live in several threads.  Reentrant, because
+# a cache that dies while the lock is held takes its hooks off in the same thread.
+_hook_lock = threading.RLock()
+_armed: "weakref.WeakSet[Observer]" = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one attention layer saw in one forward pass.
+
+    Attributes:
+        hidden_states: (B, t, d), the input of the attention module, after the block's norm.
+        cos, sin: (B or 1, t, rotary dim), the rotary factors of these tokens.
+        mask: what the module was given: None, a 2-D (B, kv) or 4-D tensor, or a flex-attention BlockMask.
+    """
+
+    hidden_states: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    mask: Any
+
+    def tokens(self, start: int, stop: int) -> "Observation":
+        """The part of tokens start to stop (no mask)."""
+        part = slice(start, stop)
+        return Observation(self.hidden_states[:, part], self.cos[:, part], self.sin[:, part], None)
+
+    def copied(self) -> "Observation":
+        """The same in storage of its own, so that what it was cut from can be freed."""
+        return Observation(self.hidden_states.clone(), self.cos.clone(), self.sin.clone(), self.mask)
+
+
+class Observer:
+    """Shows one cache what the attention layers see during one forward pass.
+
+    Hooks are put on when the forward pass begins; each takes itself off when its layer has run, and all go when a
+    layer raises, when the next prefill begins in the same thread, or when the cache is gone.  So nothing is left on
+    the model while it decodes.  A deep copy is a new observer of the same model, without hooks.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._handles: list[RemovableHandle] = []
+        self._seen: dict[int, Observation] = {}
+        self._left_behind: list[RemovableHandle] = []
+        self._thread = 0
+        for handles in (self._handles, self._left_behind):
+            weakref.finalize(self, _remove_all, handles).atexit = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Observer":
+        return Observer(self._decoder)
+
+    @property
+    def armed(self) -> bool:
+        """Whether hooks are on the model."""
+        return bool(self._handles)
+
+    def arm(self, cache: Any) -> None:
+        """Puts the hooks on; `cache.reset()` is called if the forward pass with that cache raises."""
+        with _hook_lock:
+            self._sweep()
+            self._thread = threading.get_ident()
+            owner = weakref.ref(cache)
+            for index, block in enumerate(self._decoder.blocks):
+                _Hook(self, owner, index).put_on(self._handles, block, self._decoder.attention.get(index))
+            _armed.add(self)
+
+    def disarm(self) -> None:
+        """Takes all hooks off and forgets what was seen."""
+        with _hook_lock:
+            _remove_all(self._handles)
+            _armed.discard(self)
+            self._seen.clear()
+
+    def take(self, index: int) -> Observation | None:
+        """What layer `index` saw in the forward pass under way, once."""
+        return self._seen.pop(index, None)
+
+    def record(self, index: int, observation: Observation) -> None:
+        """Keeps what layer `index` sees until `take`."""
+        self._seen[index] = observation
+
+    def finished(self, handle: RemovableHandle) -> None:
+        """Takes one hook off."""
+        with _hook_lock:
+            handle.remove()
+            if handle in self._handles:
+                self._handles.remove(handle)
+            if not self._handles:
+                _armed.discard(self)
+
+    def abandon(self, handle: RemovableHandle) -> None:
+        """Takes all hooks off while those of the block of `handle` are being run because it raised."""
+        with _hook_lock:
+            hooks = handle.hooks_dict_ref()
+            # torch iterates over the dict itself then, which allows taking off only the last hook in it.  One that
+            # another thread has covered in the meantime stays, without effect, until the next prefill.
+            if hooks and next(reversed(hooks)) != handle.id:
+                self._handles.remove(handle)
+                self._left_behind.append(handle)
+            self.disarm()
+
+    def _sweep(self) -> None:
+        """Takes off what an interrupted forward pass of this thread left on the same model."""
+        self.disarm()
+        _remove_all(self._left_behind)
+        for other in list(_armed):
+            if other._thread == threading.get_ident() and other._decoder.blocks[0] is self._decoder.blocks[0]:
+                other.disarm()
+
+
+class _Hook:
+    """The two hooks of one block: its attention module's input, and the end of the block."""
+
+    def __init__(self, observer: Observer, owner: "weakref.ref[Any]", index: int) -> None:
+        self._observer = weakref.ref(observer)
+        self._owner = owner
+        self._index = index
+        self._before: RemovableHandle | None = None
+        self._after: RemovableHandle | None = None
+
+    def put_on(self, handles: list[RemovableHandle], block: nn.Module, attention: Any) -> None:
+        if attention is not None:
+            self._before = attention.module.register_forward_pre_hook(self.before_attention, with_kwargs=True)
+            handles.append(self._before)
+        self._after = block.register_forward_hook(self.after_block, with_kwargs=True, always_call=True)
+        handles.append(self._after)
+
+    def _is_mine(self, kwargs: dict[str, Any] | None) -> bool:
+        cache = self._owner()
+        return kwargs is not None and cache is not None and kwargs.get("past_key_values") is cache
+
+    # In another thread's forward pass torch may have just taken the mark off that says "with kwargs": then they are
+    # missing, and the call is not this cache's.
+    def before_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
+        observer = self._observer()
+        if observer is None or not self._is_mine(kwargs):
+            return
+        assert kwargs is not None and self._before is not None
+        observer.finished(self._before)
+        hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        cos, sin = kwargs["position_embeddings"]
+        observer.record(self._index, Observation(hidden_states, cos, sin, kwargs.get("attention_mask")))
+
+    def after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        observer = self._observer()
+        if observer is None or not self._is_mine(kwargs):
+            return
+        assert self._after is not None
+        if output is not None:
+            observer.finished(self._after)
+            return
+        observer.abandon(self._after)
+        cache = self._owner()
+        assert cache is not None
+        cache.reset()
+
+
+def _remove_all(handles: list[RemovableHandle]) -> None:
+    with _hook_lock:
+        while handles:
+            handles.pop().remove()

@@ -1,0 +1,107 @@
+"""What a cache holds: tokens and bytes, by layer and in all."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .layer import SelectedLayer
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of a cache.
+
+    Attributes:
+        index: the layer's number.
+        selected: whether the layer is one whose prompt tokens are selected.
+        tokens_seen: tokens the layer has been given, per row, padding included.
+        tokens_stored: tokens it holds, per row and KV head.
+        bytes_stored: bytes allocated, slots not yet filled included.
+        bytes_full: bytes that the same layer of a DynamicCache would hold.
+    """
+
+    index: int
+    selected: bool
+    tokens_seen: int
+    tokens_stored: int
+    bytes_stored: int
+    bytes_full: int
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """All layers of a cache; prints as a table."""
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens seen so far, per row, padding included."""
+        return max((layer.tokens_seen for layer in self.layers), default=0)
+
+    @property
+    def tokens_stored(self) -> int:
+        """Tokens held per row and KV head in each selected layer."""
+        return max((layer.tokens_stored for layer in self.layers if layer.selected), default=0)
+
+    @property
+    def bytes_stored(self) -> int:
+        """Bytes allocated in all layers."""
+        return sum(layer.bytes_stored for layer in self.layers)
+
+    @property
+    def bytes_full(self) -> int:
+        """Bytes that a DynamicCache would hold."""
+        return sum(layer.bytes_full for layer in self.layers)
+
+    @property
+    def bytes_saved(self) -> int:
+        """bytes_full - bytes_stored; negative where reserved slots outweigh the dropped tokens."""
+        return self.bytes_full - self.bytes_stored
+
+    def __str__(self) -> str:
+        header = ("layer", "seen", "stored", "bytes", "full cache")
+        rows = [
+            (f"{layer.index}{'' if layer.selected else ' *'}", *_row(layer.tokens_seen, layer.tokens_stored, layer))
+            for layer in self.layers
+        ]
+        rows.append(("all", *_row(self.tokens_seen, self.tokens_stored, self)))
+        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+        if not all(layer.selected for layer in self.layers):
+            lines.append("* not compressed")
+        return "\n".join(lines)
+
+
+def format_bytes(count: int) -> str:
+    """A number of bytes in B, KiB, MiB or GiB."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def report_of(layers: Sequence[Any]) -> CacheReport:
+    """The report of a cache's layers."""
+    return CacheReport(tuple(_layer_report(index, layer) for index, layer in enumerate(layers)))
+
+
+def _layer_report(index: int, layer: Any) -> LayerReport:
+    if isinstance(layer, SelectedLayer):
+        full = 0
+        if layer.is_initialized:
+            per_token = sum(part[:, :, :1].nbytes for part in layer.storage)
+            full = per_token * layer.cumulative_length
+        return LayerReport(index, True, layer.cumulative_length, layer.stored, layer.allocated_bytes, full)
+    stored = sum(part.nbytes for part in vars(layer).values() if isinstance(part, torch.Tensor) and part.ndim > 0)
+    keys = getattr(layer, "keys", None)
+    seen = layer.get_seq_length() if keys is not None and hasattr(layer, "get_seq_length") else 0
+    return LayerReport(index, False, int(seen), keys.shape[-2] if keys is not None and keys.ndim == 4 else 0, stored, stored)
+
+
+def _row(seen: int, stored: int, part: LayerReport | CacheReport) -> tuple[str, ...]:
+    return str(seen), str(stored), format_bytes(part.bytes_stored), format_bytes(part.bytes_full)
