@@ -37,9 +37,7 @@ def group_mass(
     proxies_per_group = proxy_queries.shape[2] // num_groups
     columns = keys.float().transpose(-1, -2) * scaling
     last_mass = _summed_attention(last_query, columns, valid)
-    groups = [
-        _summed_attention(group, columns, valid) for group in proxy_queries.split(proxies_per_group, dim=2)
-    ]
+    groups = [_summed_attention(group, columns, valid) for group in proxy_queries.split(proxies_per_group, dim=2)]
     mass = (torch.stack(groups, dim=2) + last_mass.unsqueeze(2)) / (1 + proxies_per_group)
     mass[..., -1] = 0
     last_mass[..., -1] = 0

@@ -1,4 +1,4 @@
-"""How a decoder layer makes its queries: projection, query norm and rotary embedding, rebuilt from the model's parts."""
+"""How a decoder layer makes its queries, rebuilt from its projection, query norm and rotary embedding."""
 
 import copy
 import inspect
@@ -156,8 +156,8 @@ def rotary_factors(
     The module itself is neither called nor changed: dynamic embeddings recompute their frequencies when called, which
     a look at a few positions must not cause.
     """
-    still = copy.copy(rotary)
-    rope_type = getattr(rotary, "rope_type", "default")
+    still: Any = copy.copy(rotary)
+    rope_type: Any = getattr(rotary, "rope_type", "default")
     still.rope_type = dict.fromkeys(rope_type, "default") if isinstance(rope_type, dict) else "default"
     device = next(rotary.buffers(), positions).device
     where = positions.to(device)
@@ -170,7 +170,7 @@ def rotary_factors(
 
 
 def _is_static(rotary: nn.Module) -> bool:
-    rope_type = getattr(rotary, "rope_type", "default")
+    rope_type: Any = getattr(rotary, "rope_type", "default")
     kinds = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
     return not any(kind == "longrope" or "dynamic" in kind for kind in kinds)
 
@@ -199,9 +199,7 @@ class _KeyRecorder:
 def _keys_of(module: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     recorder = _KeyRecorder()
     try:
-        module(
-            hidden_states=hidden, position_embeddings=(cos, sin), attention_mask=None, past_key_values=recorder
-        )
+        module(hidden_states=hidden, position_embeddings=(cos, sin), attention_mask=None, past_key_values=recorder)
     except _KeysSeen:
         return recorder.keys
     raise RuntimeError("it does not pass its keys to past_key_values.update")

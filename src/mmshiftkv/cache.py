@@ -223,8 +223,8 @@ class PrefillSelectionCache(DynamicCache):
         known = 0 if layers[0].tail is None else layers[0].tail.hidden_states.shape[1]
         if tokens and tokens >= known:
             raise ValueError(
-                f"tokens_to_remove={-tokens}: of a prompt whose selection is still to come, at most {max(known - 1, 0)} "
-                "tokens can be removed"
+                f"tokens_to_remove={-tokens}: the prompt is not selected from yet, and only {max(known - 1, 0)} of its "
+                "last tokens can be removed"
             )
         for layer in layers:
             if layer.tail is not None:
@@ -246,11 +246,9 @@ class PrefillSelectionCache(DynamicCache):
             layer.keep_all()
             return
         summary = layer.summary if layer.tail is None else self._policy.observe(layer.tail, layer.summary)
-        self._select(index, layer, summary, layer.keys, layer.values)
+        self._select(index, layer, summary, *layer.states)
 
-    def _select(
-        self, index: int, layer: SelectedLayer, summary: Any, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
+    def _select(self, index: int, layer: SelectedLayer, summary: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
         assert self._padding is not None
         seen = keys.shape[-2]
         count = tokens_to_keep(self._budget, seen)

@@ -1,6 +1,7 @@
 """Every number of the method in one place, validated."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from numbers import Integral, Real
@@ -34,8 +35,8 @@ class ShiftKVConfig:
         seed: seed of the samples, from 0 to 2**32 - 1; torch's global random state is neither read nor changed.
         max_new_tokens: tokens to reserve storage for behind the prompt; None: storage grows.
         prefill: "single" when one forward pass holds the whole prompt, "chunked" when several do.
-        prompt_length: only with `prefill="chunked"`: columns of the whole prompt, which tell that it is complete.  None:
-            the first forward pass with a single token ends the prompt.
+        prompt_length: only with `prefill="chunked"`: columns of the whole prompt, which tell that it is complete.
+            None: the first forward pass with a single token ends the prompt.
         backend: "auto" (Triton kernels on a GPU, plain torch elsewhere), "triton" or "torch".
 
     Raises:
@@ -59,8 +60,8 @@ class ShiftKVConfig:
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        _check_real("gamma", self.gamma, self.gamma >= 0 if _is_real(self.gamma) else False, "a finite number >= 0")
-        _check_real("mass", self.mass, 0 < self.mass <= 1 if _is_real(self.mass) else False, "a number in (0, 1]")
+        check_real("gamma", self.gamma, lambda value: 0 <= value < math.inf, "a finite number >= 0")
+        check_mass(self.mass)
         for name in ("num_proxies", "num_groups"):
             check_integer(name, getattr(self, name), minimum=1)
         for name in ("stats_window", "future_stride", "max_new_tokens", "prompt_length"):
@@ -111,7 +112,7 @@ def check_budget(budget: Any) -> None:
     allowed = "an int >= 1 (tokens per KV head) or a float in (0, 1] (share of the prompt)"
     if isinstance(budget, bool) or not isinstance(budget, Real):
         raise TypeError(f"budget={budget!r} must be {allowed}")
-    if not (budget >= 1 if isinstance(budget, Integral) else 0 < budget <= 1):
+    if not (int(budget) >= 1 if isinstance(budget, Integral) else 0 < float(budget) <= 1):
         raise ValueError(f"budget={budget!r} must be {allowed}")
 
 
@@ -120,7 +121,7 @@ def check_integer(name: str, value: Any, *, minimum: int, maximum: int | None = 
     allowed = f"an int >= {minimum}" if maximum is None else f"an int from {minimum} to {maximum}"
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}={value!r} must be {allowed}")
-    if value < minimum or (maximum is not None and value > maximum):
+    if int(value) < minimum or (maximum is not None and int(value) > maximum):
         raise ValueError(f"{name}={value!r} must be {allowed}")
 
 
@@ -130,12 +131,14 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def check_mass(value: Any) -> None:
+    """Raises TypeError or ValueError unless `value` is a number in (0, 1]."""
+    check_real("mass", value, lambda mass: 0 < mass <= 1, "a number in (0, 1]")
 
 
-def _check_real(name: str, value: Any, in_range: bool, allowed: str) -> None:
-    if not _is_real(value):
+def check_real(name: str, value: Any, is_allowed: Callable[[float], bool], allowed: str) -> None:
+    """Raises TypeError unless `value` is a number, ValueError unless it `is_allowed` (never for NaN)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r} must be {allowed}")
-    if not in_range or not math.isfinite(value):
+    if not is_allowed(float(value)):
         raise ValueError(f"{name}={value!r} must be {allowed}")

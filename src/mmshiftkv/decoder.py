@@ -23,7 +23,7 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, layer_indices: list[int]) -> None:
-        text_model = text_decoder(model)
+        text_model: Any = text_decoder(model)
         self.blocks: tuple[nn.Module, ...] = tuple(text_model.layers)
         rotary = getattr(text_model, "rotary_emb", None)
         if rotary is None:
@@ -60,7 +60,8 @@ def text_decoder(model: PreTrainedModel) -> nn.Module:
         raise TypeError(f"model must be a transformers model, not {type(model).__name__}")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"model: {type(model).__name__} is an encoder-decoder; only decoders are supported")
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    find: Any = getattr(model, "get_decoder", None)
+    decoder: Any = find() if find else model
     if not hasattr(decoder, "layers") and hasattr(decoder, "model"):
         decoder = decoder.model
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):

@@ -31,6 +31,9 @@ class SelectedLayer(DynamicLayer):
         self._clear()
 
     def _clear(self) -> None:
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+        self.is_initialized = False
         self.storage: tuple[torch.Tensor, torch.Tensor] | None = None
         self._kept: torch.Tensor | None = None
         self.cumulative_length = 0
@@ -47,12 +50,24 @@ class SelectedLayer(DynamicLayer):
     @property
     def stored(self) -> int:
         """Tokens held, at most those seen."""
-        return self.keys.shape[-2] if self.is_initialized else 0
+        return self.states[0].shape[-2] if self.is_initialized else 0
 
     @property
     def dropped(self) -> int:
         """Tokens seen but not held."""
         return self.cumulative_length - self.stored
+
+    @property
+    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stored keys and values, (B, H_kv, stored, D)."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's keys and values, in all rows and KV heads."""
+        return sum(part[:, :, :1].nbytes for part in self.storage) if self.storage else 0
 
     @property
     def allocated_bytes(self) -> int:
@@ -67,7 +82,7 @@ class SelectedLayer(DynamicLayer):
         if self._kept is not None:
             return self._kept
         everything = torch.arange(self.prompt_stored, device=self.device)
-        return everything.expand(self.keys.shape[0], self.keys.shape[1], -1).clone()
+        return everything.expand(*self.states[0].shape[:2], -1).clone()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Takes dtype, device and shape from the first states."""
@@ -86,9 +101,10 @@ class SelectedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, count = self.stored, key_states.shape[-2]
-        if key_states.shape[0] != self.keys.shape[0]:
+        rows = self.states[0].shape[0]
+        if key_states.shape[0] != rows:
             raise ValueError(
-                f"key_states has batch size {key_states.shape[0]}, the cache holds {self.keys.shape[0]} rows; "
+                f"key_states has batch size {key_states.shape[0]}, the cache holds {rows} rows; "
                 "call reset() before another prompt"
             )
         self._make_room(start + count)
@@ -97,7 +113,7 @@ class SelectedLayer(DynamicLayer):
             storage[:, :, start : start + count] = states.detach()
         self._hold(*self.storage, start + count)
         self.cumulative_length += count
-        return self.keys, self.values
+        return self.states
 
     def collect(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends prompt states that are to be selected from later, and returns all collected so far."""
@@ -167,8 +183,6 @@ class SelectedLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Empties the layer."""
-        self.keys = self.values = None
-        self.is_initialized = False
         self._clear()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

@@ -148,7 +148,8 @@ class _Hook:
         observer = self._observer()
         if observer is None or not self._is_mine(kwargs):
             return
-        assert kwargs is not None and self._before is not None
+        assert kwargs is not None
+        assert self._before is not None
         observer.finished(self._before)
         hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         cos, sin = kwargs["position_embeddings"]

@@ -81,12 +81,11 @@ def check_left_padding(valid: torch.Tensor) -> torch.Tensor | None:
     right = ~valid[:, -1] & ~empty
     middle = (valid[:, :-1] & ~valid[:, 1:]).any(dim=1) & ~right & ~empty
     padded, *wrong = torch.stack([(~valid).any(), empty.any(), right.any(), middle.any()]).tolist()
-    if not any(wrong):
-        return valid if padded else None
-    for rows, what in ((empty, "nothing but padding"), (right, "padding on the right"), (middle, "padding between tokens")):
-        if rows.any():
+    kinds = {"nothing but padding": empty, "padding on the right": right, "padding between tokens": middle}
+    for (what, rows), found in zip(kinds.items(), wrong, strict=True):
+        if found:
             raise ValueError(
                 f"attention_mask: row {rows.nonzero()[0].item()} has {what}; a prompt must be padded on the left only "
                 '(set padding_side="left" on the tokenizer)'
             )
-    raise AssertionError("unreachable")
+    return valid if padded else None

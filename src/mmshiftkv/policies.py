@@ -97,7 +97,5 @@ class ShiftKV:
         mean, deviation = prompt_statistics(
             summary.token_means, summary.token_squares, features, valid=valid, window=config.stats_window
         )
-        noise = gaussian_noise(
-            config.num_proxies, features, seed=config.seed, layer=index, device=hidden_states.device
-        )
+        noise = gaussian_noise(config.num_proxies, features, seed=config.seed, layer=index, device=hidden_states.device)
         return expanded_samples(mean, deviation, noise, gamma=config.gamma, dtype=hidden_states.dtype)

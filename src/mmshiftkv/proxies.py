@@ -67,7 +67,7 @@ def gaussian_noise(count: int, features: int, *, seed: int, layer: int, device: 
 def expanded_samples(
     mean: torch.Tensor, deviation: torch.Tensor, noise: torch.Tensor, *, gamma: float, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Hidden states with `gamma` times the prompt's deviation, (B, N, d), of (B,) statistics and (N, d) noise (step 2)."""
+    """Samples (B, N, d) with `gamma` times the prompt's deviation, of (B,) statistics and (N, d) noise (step 2)."""
     return torch.addcmul(mean[:, None, None], (gamma * deviation)[:, None, None], noise).to(dtype)
 
 

@@ -1,6 +1,6 @@
 """What a cache holds: tokens and bytes, by layer and in all."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,9 @@ class CacheReport:
         ]
         rows.append(("all", *_row(self.tokens_seen, self.tokens_stored, self)))
         widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]
+        ]
         if not all(layer.selected for layer in self.layers):
             lines.append("* not compressed")
         return "\n".join(lines)
@@ -92,15 +94,21 @@ def report_of(layers: Sequence[Any]) -> CacheReport:
 
 def _layer_report(index: int, layer: Any) -> LayerReport:
     if isinstance(layer, SelectedLayer):
-        full = 0
-        if layer.is_initialized:
-            per_token = sum(part[:, :, :1].nbytes for part in layer.storage)
-            full = per_token * layer.cumulative_length
+        full = layer.bytes_per_token * layer.cumulative_length
         return LayerReport(index, True, layer.cumulative_length, layer.stored, layer.allocated_bytes, full)
-    stored = sum(part.nbytes for part in vars(layer).values() if isinstance(part, torch.Tensor) and part.ndim > 0)
+    held = sum(part.nbytes for part in _tensors(vars(layer).values()))
     keys = getattr(layer, "keys", None)
-    seen = layer.get_seq_length() if keys is not None and hasattr(layer, "get_seq_length") else 0
-    return LayerReport(index, False, int(seen), keys.shape[-2] if keys is not None and keys.ndim == 4 else 0, stored, stored)
+    if keys is None:
+        return LayerReport(index, False, 0, 0, held, held)
+    return LayerReport(index, False, int(layer.get_seq_length()), keys.shape[-2], held, held)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, dict):
+            yield from _tensors(value.values())
+        elif isinstance(value, torch.Tensor) and value.ndim > 0:
+            yield value
 
 
 def _row(seen: int, stored: int, part: LayerReport | CacheReport) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import torch
 
 from shiftkv_kernels import group_mass, keep_best, vote
 
-from .config import BACKENDS, check_choice, check_integer
+from .config import BACKENDS, check_choice, check_integer, check_mass
 from .padding import check_left_padding
 
 
@@ -43,8 +43,7 @@ def select_tokens(
     check_integer("budget", budget, minimum=1)
     check_integer("num_groups", num_groups, minimum=1)
     check_choice("backend", backend, BACKENDS)
-    if isinstance(mass, bool) or not 0 < mass <= 1:
-        raise ValueError(f"mass={mass!r} must be a number in (0, 1]")
+    check_mass(mass)
     _check_shapes(proxy_queries, last_query, keys, num_groups)
     batch, kv_heads, tokens, head_dim = keys.shape
     if valid is not None:
@@ -64,9 +63,7 @@ def select_tokens(
     return keep_best(vote(groups, mass) + last, budget, valid)
 
 
-def _check_shapes(
-    proxy_queries: torch.Tensor, last_query: torch.Tensor, keys: torch.Tensor, num_groups: int
-) -> None:
+def _check_shapes(proxy_queries: torch.Tensor, last_query: torch.Tensor, keys: torch.Tensor, num_groups: int) -> None:
     named = {"proxy_queries": proxy_queries, "last_query": last_query, "keys": keys}
     for name, tensor in named.items():
         if tensor.ndim != 4:
