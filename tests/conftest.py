@@ -1,0 +1,21 @@
+import pytest
+
+import models
+
+
+@pytest.fixture(scope="session")
+def vision_case(tmp_path_factory):
+    """A function (family, attention) -> VisionCase; what was loaded once is used again."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    loaded = {}
+
+    def load(family: str, attention: str = "sdpa") -> models.VisionCase:
+        if (family, attention) not in loaded:
+            loaded[family, attention] = (
+                models.qwen2_5_vl(attention)
+                if family == "qwen2_5_vl"
+                else models.llava_next(folder / family, family, attention)
+            )
+        return loaded[family, attention]
+
+    return load

@@ -1,0 +1,111 @@
+"""Tiny models with random weights, of the real classes, for tests that need no meaning."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    LlavaNextForConditionalGeneration,
+    PreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+from tiny_llava import document_image, save_tiny_llava
+
+EMBEDDED_MODEL = Path(__file__).parents[1] / "examples" / "assets" / "tiny_qwen2_5_vl"
+
+# head counts: grouped-query, multi-head and multi-query attention
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 128,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def text_model(model_type: str = "llama", *, attention: str = "sdpa", seed: int = 0, **changes) -> PreTrainedModel:
+    """A decoder of `model_type` in float32 whose weights are large enough for attention to be far from even."""
+    config = AutoConfig.for_model(model_type, **{**SHAPE, "initializer_range": 0.2, **changes})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
+
+
+def prompt_ids(rows: int = 1, tokens: int = 40, *, seed: int = 0) -> torch.Tensor:
+    """Random token ids (rows, tokens), none of them special."""
+    return torch.randint(3, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(lengths: list[int], *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Prompts of these lengths in one left-padded batch: input_ids and attention_mask."""
+    width = max(lengths)
+    mask = torch.arange(width)[None] >= width - torch.tensor(lengths)[:, None]
+    ids = prompt_ids(len(lengths), width, seed=seed) * mask
+    return {"input_ids": ids, "attention_mask": mask.long()}
+
+
+class VisionCase:
+    """A multimodal model and its processor; `inputs` makes prompts with real images."""
+
+    def __init__(self, model: PreTrainedModel, processor) -> None:
+        self.model = model
+        self.processor = processor
+
+    def inputs(self, *prompts: tuple[str, Image.Image]) -> dict[str, torch.Tensor]:
+        """A left-padded batch of (question, image) prompts."""
+        self.processor.tokenizer.padding_side = "left"
+        conversations = [
+            [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+            for question, image in prompts
+        ]
+        return self.processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        )
+
+    def prompts(self, count: int = 1) -> dict[str, torch.Tensor]:
+        """A batch of `count` prompts of different lengths and image sizes."""
+        sizes = [(224, 168), (140, 280), (112, 112)]
+        questions = ["What is the Total?", "What are the Name and the Date?", "Read line 1."]
+        return self.inputs(
+            *((question, document_image(*size)) for question, size in zip(questions[:count], sizes, strict=False))
+        )
+
+
+def qwen2_5_vl(attention: str = "sdpa", dtype: str = "float32") -> VisionCase:
+    """The embedded model."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        EMBEDDED_MODEL, dtype=dtype, attn_implementation=attention
+    )
+    return VisionCase(model.eval(), AutoProcessor.from_pretrained(EMBEDDED_MODEL))
+
+
+def llava_next(folder: Path, family: str = "vicuna", attention: str = "sdpa") -> VisionCase:
+    """A random LLaVA-NeXT, written to `folder` and loaded from there."""
+    if not (folder / "config.json").exists():
+        save_tiny_llava(folder, family)
+    model = LlavaNextForConditionalGeneration.from_pretrained(folder, attn_implementation=attention)
+    return VisionCase(model.eval(), AutoProcessor.from_pretrained(folder))
+
+
+def hooks_on(model: torch.nn.Module) -> int:
+    """How many forward hooks there are on the modules of a model."""
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+requires_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
