@@ -1,13 +1,12 @@
-import copy
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import qwen2_5_vl
 import torch
 from PIL import Image
 from transformers import AutoProcessor, DynamicCache, Qwen2_5_VLForConditionalGeneration
 
+import qwen2_5_vl
 from mmshiftkv import ShiftKVCache
 
 ASSETS = Path(qwen2_5_vl.__file__).parent / "assets"
@@ -89,32 +88,80 @@ def test_frames_become_one_video_at_two_frames_a_second(model, processor, files)
     assert (inputs["input_ids"] == model.config.video_token_id).sum() == inputs["video_grid_thw"].prod() // 4
 
 
-@pytest.mark.parametrize("budget", [4096, 48])
-def test_a_second_turn_continues_the_conversation(model, processor, budget):
-    """The whole conversation as text, without pixels: `generate` drops what the cache has seen."""
-    image = str(ASSETS / "document_1.png")
-    first = qwen2_5_vl.build_messages([image], None, QUESTION)
-    full, compressed = DynamicCache(), ShiftKVCache(model, budget=budget)
-    answers = {}
-    for cache in (full, compressed):
-        inputs = qwen2_5_vl.build_inputs(processor, first)
-        told, _ = generate(model, processor, inputs, cache)
-        second = [*first, {"role": "assistant", "content": [{"type": "text", "text": told}]}, *ask("Read line 2.")]
-        inputs = qwen2_5_vl.build_inputs(processor, second)
-        fresh, _ = generate(model, processor, inputs, DynamicCache())
-        # The fresh run has left the same offset of image positions on the model, which the second turn needs.
-        inputs.pop("pixel_values")
-        answer, tokens = generate(model, processor, inputs, cache)
-        assert cache.get_seq_length() == tokens.shape[1] - 1
-        answers[cache] = told, answer, fresh
-    told, answer, fresh = answers[full]
-    assert answer == fresh != ""
-    if budget == 4096:
-        assert answers[compressed] == answers[full]
-    else:
-        assert compressed.kept_indices(0).shape[-1] == budget
-        assert compressed.report().tokens_stored < compressed.report().tokens_seen
+def message(role, *content):
+    return {"role": role, "content": list(content)}
 
 
-def ask(question):
-    return [{"role": "user", "content": [{"type": "text", "text": question}]}]
+def converse(model, processor, cache):
+    """Two questions about one image: both answers, all tokens, and the inputs of the second turn with its pixels.
+
+    The second turn is given the whole conversation as text but no pixels: `generate` drops what the cache has seen.
+    """
+    messages = qwen2_5_vl.build_messages([str(ASSETS / "document_1.png")], None, QUESTION)
+    first, _ = generate(model, processor, qwen2_5_vl.build_inputs(processor, messages), cache)
+    messages.append(message("assistant", {"type": "text", "text": first}))
+    messages.append(message("user", {"type": "text", "text": "Read line 3."}))
+    inputs = qwen2_5_vl.build_inputs(processor, messages)
+    second, tokens = generate(model, processor, {k: v for k, v in inputs.items() if k != "pixel_values"}, cache)
+    return first, second, tokens, inputs
+
+
+def test_a_second_turn_gives_what_the_full_cache_gives(model, processor):
+    first, second, tokens, inputs = converse(model, processor, DynamicCache())
+    assert generate(model, processor, inputs, DynamicCache())[0] == second
+    compressed = ShiftKVCache(model, budget=4096)
+    assert converse(model, processor, compressed)[:2] == (first, second)
+    assert compressed.report().tokens_stored == tokens.shape[1] - 1
+
+
+def test_a_second_turn_on_a_compressed_prompt_is_stored_whole(model, processor):
+    cache = ShiftKVCache(model, budget=48)
+    _, _, tokens, _ = converse(model, processor, cache)
+    assert cache.kept_indices(0).shape[-1] == 48
+    first_prompt = qwen2_5_vl.build_messages([str(ASSETS / "document_1.png")], None, QUESTION)
+    dropped = qwen2_5_vl.build_inputs(processor, first_prompt)["input_ids"].shape[1] - 48
+    assert cache.get_seq_length() == tokens.shape[1] - 1
+    assert cache.report().tokens_stored == tokens.shape[1] - 1 - dropped
+
+
+def test_a_second_turn_can_bring_an_image_if_it_brings_the_positions(model, processor):
+    """`generate` computes positions from all images but encodes only those of the new turn, so it needs to be told."""
+    messages = qwen2_5_vl.build_messages([str(ASSETS / "document_1.png")], None, QUESTION)
+    first = qwen2_5_vl.build_inputs(processor, messages)
+    answers = []
+    for cache in (DynamicCache(), ShiftKVCache(model, budget=4096)):
+        told, _ = generate(model, processor, first, cache)
+        second = qwen2_5_vl.build_messages([str(ASSETS / "document_2.png")], None, QUESTION)
+        turns = [*messages, message("assistant", {"type": "text", "text": told}), *second]
+        inputs = qwen2_5_vl.build_inputs(processor, turns)
+        answers.append(generate(model, processor, inputs, DynamicCache())[0])
+
+        visual, _ = model.model.get_rope_index(**{k: v for k, v in inputs.items() if k != "pixel_values"})
+        text = torch.arange(visual.shape[-1]).expand(1, 1, -1)
+        inputs["position_ids"] = torch.cat([text, visual])
+        inputs["pixel_values"] = inputs["pixel_values"][first["pixel_values"].shape[0] :]
+        inputs["image_grid_thw"] = inputs["image_grid_thw"][1:]
+        answers.append(generate(model, processor, inputs, cache)[0])
+    assert len(set(answers)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "needs an --image, a --video or several --frame"),
+        (["--image", "missing.png"], "argument --image: no such file: 'missing.png'"),
+        (["--frame", __file__, "--video", __file__], "argument --video: not allowed with argument --frame"),
+        (["--image", __file__, "--budget", "0"], "argument --budget: "),
+    ],
+)
+def test_bad_arguments_are_refused(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        qwen2_5_vl.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(bool(find_spec("torchcodec") or find_spec("decord")), reason="video files can be read here")
+def test_a_video_file_that_cannot_be_read_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        qwen2_5_vl.main(["--video", __file__])
+    assert "--video needs torchcodec" in capsys.readouterr().err
