@@ -166,7 +166,9 @@ class PrefillSelectionCache(DynamicCache):
             if any(self._in_prompt(self.layers[index]) for index in self._selected):
                 raise ValueError("the cache holds part of a prompt whose prefill was interrupted; call reset()")
             return
-        if first.pending and (query_length == 1 or self._prefill != "chunked"):
+        # A prompt whose length was announced ends by itself, in `_collect`.
+        may_go_on = self._prompt_length is not None or query_length > 1
+        if first.pending and not (self._prefill == "chunked" and may_go_on):
             self._end_pending_prompt()
             return
         if query_length == 0:

@@ -57,7 +57,8 @@ def test_a_budget_that_covers_the_prompt_gives_the_answer_of_the_full_cache(caps
 
 def test_two_images_can_be_asked_about(capsys, checkpoint):
     images = [image_file(checkpoint, size) for size in ((300, 100), (400, 380))]
-    expected, seen_by_full, _ = full_cache_answer(checkpoint, images)
+    expected, seen_by_full, inputs = full_cache_answer(checkpoint, images)
+    assert inputs["image_sizes"].tolist() == [[100, 300], [380, 400]]
     arguments = ["--image", images[0], "--image", images[1], "--budget", "1.0"]
     assert run(capsys, checkpoint, *arguments) == (expected, seen_by_full, seen_by_full)
 

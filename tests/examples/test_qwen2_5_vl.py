@@ -66,6 +66,8 @@ def test_a_budget_that_covers_the_prompt_gives_the_answer_of_the_full_cache(
 ):
     images, frames = files[:images], files[:frames]
     inputs = qwen2_5_vl.build_inputs(processor, qwen2_5_vl.build_messages(images, frames, QUESTION))
+    assert len(inputs.get("image_grid_thw", [])) == len(images)
+    assert ("video_grid_thw" in inputs) == bool(frames)
     expected, _ = generate(model, processor, inputs, cache := DynamicCache())
     answer, seen, stored = run(capsys, *visual_arguments(images, frames), "--budget", "4096")
     assert answer == expected

@@ -1,0 +1,155 @@
+"""A prompt prefilled in several passes is selected from once, as if it had come in one."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import models
+from mmshiftkv import ShiftKVCache
+
+
+def greedy(model, inputs, cache, **options):
+    return model.generate(
+        **inputs,
+        past_key_values=cache,
+        max_new_tokens=8,
+        min_new_tokens=8,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
+
+
+def assert_same_selection(one, other):
+    for layer in range(len(one.layers)):
+        assert one.kept_indices(layer).equal(other.kept_indices(layer)), f"layer {layer}"
+
+
+@pytest.mark.parametrize("chunk", [7, 15, 39, 40, 64])
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"stats_window": 9}, {"last_token_layers": 1}])
+def test_chunks_select_what_a_single_pass_selects(chunk, told, settings):
+    if chunk == 39 and not told:
+        pytest.skip("a last chunk of one token cannot be told from the first decoding step")
+    model, inputs = models.text_model("qwen2"), models.left_padded([40, 23, 5])
+    single = ShiftKVCache(model, budget=9, **settings)
+    expected = greedy(model, inputs, single)
+    if told:
+        settings = {**settings, "prompt_length": 40}
+    cache = ShiftKVCache(model, budget=9, prefill="chunked", **settings)
+    found = greedy(model, inputs, cache, prefill_chunk_size=chunk)
+    assert_same_selection(cache, single)
+    assert found.sequences.equal(expected.sequences)
+    assert cache.report().tokens_stored == 9 + 7
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=2e-4, rtol=1e-4)
+    assert models.hooks_on(model) == 0
+
+
+def test_without_a_length_a_last_chunk_of_one_token_counts_as_the_first_decoding_step():
+    model = models.text_model()
+    cache = ShiftKVCache(model, budget=9, prefill="chunked")
+    greedy(model, {"input_ids": models.prompt_ids()}, cache, prefill_chunk_size=39)
+    assert cache.kept_indices(0)[..., -1].eq(38).all()
+    assert cache.report().tokens_stored == 9 + 1 + 7
+
+
+def test_llava_images_in_chunks(vision_case):
+    case = vision_case("vicuna")
+    inputs = case.prompts(2)
+    try:
+        expected = greedy(case.model, inputs, DynamicCache(config=case.model.config), prefill_chunk_size=50)
+    except (ValueError, RuntimeError) as error:
+        pytest.skip(f"this transformers cannot prefill the model in chunks: {error}")
+    cache = ShiftKVCache(case.model, budget=1.0, prefill="chunked")
+    assert greedy(case.model, inputs, cache, prefill_chunk_size=50).sequences.equal(expected.sequences)
+    cache, single = ShiftKVCache(case.model, budget=20, prefill="chunked"), ShiftKVCache(case.model, budget=20)
+    greedy(case.model, inputs, cache, prefill_chunk_size=50)
+    greedy(case.model, inputs, single)
+    assert_same_selection(cache, single)
+
+
+def test_qwen_images_in_chunks(vision_case):
+    case = vision_case("qwen2_5_vl")
+    inputs = case.prompts(2)
+    try:
+        expected = greedy(case.model, inputs, DynamicCache(config=case.model.config), prefill_chunk_size=30)
+    except (ValueError, RuntimeError) as error:
+        pytest.skip(f"this transformers cannot prefill the model in chunks: {error}")
+    cache = ShiftKVCache(case.model, budget=1.0, prefill="chunked")
+    assert greedy(case.model, inputs, cache, prefill_chunk_size=30).sequences.equal(expected.sequences)
+    cache, single = ShiftKVCache(case.model, budget=20, prefill="chunked"), ShiftKVCache(case.model, budget=20)
+    greedy(case.model, inputs, cache, prefill_chunk_size=30)
+    greedy(case.model, inputs, single)
+    same = [
+        (cache.kept_indices(layer) == single.kept_indices(layer)).float().mean() for layer in range(len(cache.layers))
+    ]
+    assert min(same) > 0.9
+
+
+def test_beams_after_chunks():
+    model, inputs = models.text_model(), {"input_ids": models.prompt_ids(2, 30)}
+    options = {"num_beams": 3}
+    expected = greedy(model, inputs, ShiftKVCache(model, budget=9), **options)
+    cache = ShiftKVCache(model, budget=9, prefill="chunked")
+    assert greedy(model, inputs, cache, prefill_chunk_size=11, **options).sequences.equal(expected.sequences)
+    assert cache.kept_indices(0).shape == (6, 2, 9)
+
+
+def test_each_layer_gives_up_its_prompt_when_the_length_is_known():
+    model = models.text_model()
+    cache = ShiftKVCache(model, budget=9, prefill="chunked", prompt_length=40)
+    held = []
+    handle = model.model.layers[2].mlp.register_forward_pre_hook(
+        lambda *_: held.append([layer.stored for layer in cache.layers])
+    )
+    with torch.no_grad():
+        for part in models.prompt_ids().split(16, dim=1):
+            model(part, past_key_values=cache, use_cache=True)
+    handle.remove()
+    assert held == [[16] * 3, [32] * 3, [9] * 3]
+
+
+def test_a_prompt_longer_than_announced_is_refused_before_anything_is_stored():
+    model = models.text_model()
+    cache = ShiftKVCache(model, budget=9, prefill="chunked", prompt_length=30)
+    with torch.no_grad():
+        model(models.prompt_ids(1, 16), past_key_values=cache, use_cache=True)
+        with pytest.raises(ValueError, match="prompt_length=30, but the prompt has at least 32 columns"):
+            model(models.prompt_ids(1, 16), past_key_values=cache, use_cache=True)
+        assert cache.get_seq_length() == 16
+        model(models.prompt_ids(1, 14), past_key_values=cache, use_cache=True)
+    assert cache.kept_indices(0).shape[-1] == 9
+
+
+def test_padding_on_the_right_is_refused_when_the_prompt_ends():
+    model = models.text_model()
+    cache = ShiftKVCache(model, budget=4, prefill="chunked", prompt_length=12)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, 10:] = 0
+    ids = models.prompt_ids(2, 12)
+    with torch.no_grad():
+        model(ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache, use_cache=True)
+        with pytest.raises(ValueError, match="row 0 has padding on the right"):
+            model(ids[:, 6:], attention_mask=mask, past_key_values=cache, use_cache=True)
+    assert cache.get_seq_length() == 0
+
+
+def test_a_model_that_is_set_to_prefill_in_chunks_needs_a_chunked_cache():
+    model = models.text_model()
+    model.generation_config.prefill_chunk_size = 16
+    with pytest.raises(ValueError, match='prefill="single", but .* prefill_chunk_size=16.*prefill="chunked"'):
+        greedy(model, {"input_ids": models.prompt_ids()}, ShiftKVCache(model, budget=4))
+    cache = ShiftKVCache(model, budget=4, prefill="chunked")
+    greedy(model, {"input_ids": models.prompt_ids()}, cache)
+    assert cache.kept_indices(0).shape[-1] == 4
+
+
+def test_a_prompt_under_way_cannot_be_cropped():
+    model = models.text_model()
+    cache = ShiftKVCache(model, budget=4, prefill="chunked")
+    with torch.no_grad():
+        model(models.prompt_ids(), past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="only 0 of its last tokens"):
+        cache.crop(-1)
+    assert cache.get_seq_length() == 40

@@ -1,0 +1,90 @@
+"""Layers that are not plain full attention stay as DynamicCache makes them."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import models
+from mmshiftkv import ShiftKVCache
+from mmshiftkv.layer import SelectedLayer
+
+HYBRIDS = {
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 16},
+    "qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+}
+
+
+@pytest.fixture(params=HYBRIDS)
+def model(request):
+    return models.text_model(request.param, **HYBRIDS[request.param])
+
+
+def greedy(model, cache, inputs):
+    return model.generate(
+        **inputs,
+        past_key_values=cache,
+        max_new_tokens=8,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+
+
+def test_a_covering_budget_gives_the_logits_of_a_dynamic_cache(model):
+    for inputs in ({"input_ids": models.prompt_ids()}, models.left_padded([40, 9])):
+        expected = greedy(model, DynamicCache(config=model.config), inputs)
+        found = greedy(model, ShiftKVCache(model, budget=40), inputs)
+        assert all(mine.equal(theirs) for mine, theirs in zip(found.logits, expected.logits, strict=True))
+
+
+def test_only_full_attention_is_compressed(model):
+    plain, cache = DynamicCache(config=model.config), ShiftKVCache(model, budget=5)
+    inputs = {"input_ids": models.prompt_ids()}
+    greedy(model, plain, inputs)
+    greedy(model, cache, inputs)
+    types = model.config.get_text_config().layer_types
+    for index, (layer, other, kind) in enumerate(zip(cache.layers, plain.layers, types, strict=True)):
+        if kind == "full_attention":
+            assert isinstance(layer, SelectedLayer)
+            assert layer.stored == 5 + 7
+            assert cache.kept_indices(index).shape == (1, 2, 5)
+        else:
+            assert type(layer) is type(other)
+            assert cache.kept_indices(index) is None
+    assert cache.get_seq_length(types.index("full_attention")) == 47
+    rows = {row.index: row for row in cache.report().layers}
+    for index, kind in enumerate(types):
+        assert rows[index].selected == (kind == "full_attention")
+        if kind != "full_attention":
+            assert rows[index].bytes_stored == rows[index].bytes_full > 0
+    assert "* not compressed" in str(cache.report())
+
+
+def test_reset_makes_a_hybrid_cache_like_new(model):
+    inputs = {"input_ids": models.prompt_ids()}
+    expected = greedy(model, ShiftKVCache(model, budget=5), inputs)
+    cache = ShiftKVCache(model, budget=5)
+    greedy(model, cache, {"input_ids": models.prompt_ids(1, 25, seed=8)})
+    cache.reset()
+    assert greedy(model, cache, inputs).sequences.equal(expected.sequences)
+
+
+def test_a_failed_prefill_empties_every_layer(model):
+    cache = ShiftKVCache(model, budget=5)
+
+    def fail(*_):
+        raise ArithmeticError("planted")
+
+    handle = model.model.layers[-1].register_forward_pre_hook(fail)
+    with pytest.raises(ArithmeticError), torch.no_grad():
+        model(models.prompt_ids(), past_key_values=cache, use_cache=True)
+    handle.remove()
+    assert models.hooks_on(model) == 0
+    inputs = {"input_ids": models.prompt_ids()}
+    expected = greedy(model, ShiftKVCache(model, budget=5), inputs)
+    assert greedy(model, cache, inputs).sequences.equal(expected.sequences)
