@@ -1,6 +1,10 @@
 import pytest
+import torch
 
 import models
+
+# The models of the tests are so small that a second thread only waits for the first.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -128,6 +128,7 @@ class PrefillSelectionCache(DynamicCache):
         Raises:
             ValueError: it is positive, or reaches into a compressed prompt; nothing is changed then.
         """
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding may pass a tensor
         for index in self._selected:
             self.layers[index].check_crop(tokens_to_remove)
         pending = self.layers[self._selected[0]].pending
@@ -140,7 +141,12 @@ class PrefillSelectionCache(DynamicCache):
         """Empties the cache for another prompt."""
         self._observer.disarm()
         self._padding = None
-        super().reset()
+        for index, fresh in enumerate(self._decoder.fresh_layers()):
+            if index in self._selected:
+                self.layers[index].reset()
+            else:
+                # transformers before 5.18 fills sliding layers with zeros, which the next prompt would attend to.
+                self.layers[index] = fresh
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Takes the batch rows `beam_idx`, in that order."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from .attention import AttentionLayer
 
@@ -38,10 +38,15 @@ class Decoder:
             layer = AttentionLayer(_attention_module(self.blocks[index], index), index, rotary, layer_type)
             layer.check(config.hidden_size)
             self.attention[index] = layer
+        self._config = model.config
         self._generation_config = getattr(model, "generation_config", None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Decoder":
         return self
+
+    def fresh_layers(self) -> list[Any]:
+        """Empty cache layers, of the kinds that the model's layers call for."""
+        return DynamicCache(config=self._config).layers
 
     @property
     def prefill_chunk_size(self) -> int | None:
