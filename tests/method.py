@@ -38,7 +38,9 @@ def votes_of(group: Array, threshold: float) -> set[int]:
     return chosen
 
 
-def scores(proxies: Array, last_query: Array, keys: Array, valid: Array, groups: int, mass: float, scaling: float) -> Array:
+def scores(
+    proxies: Array, last_query: Array, keys: Array, valid: Array, groups: int, mass: float, scaling: float
+) -> Array:
     """Steps 4 to 6 for one KV head: proxies (r, N, D), last_query (r, 1, D), keys (T, D) -> (T,)."""
     size = proxies.shape[1] // groups
     last = attention_mass(last_query, keys, valid, scaling)[0]
@@ -60,7 +62,8 @@ def kept(score: Array, valid: Array, budget: int) -> list[int]:
     return sorted([*order[: count - 1], tokens - 1])
 
 
-def select(
+def assert_selects(
+    found: Array,
     proxies: Array,
     last_query: Array,
     keys: Array,
@@ -69,19 +72,27 @@ def select(
     num_groups: int,
     mass: float,
     scaling: float,
-    valid: Array | None = None,
-) -> Array:
-    """(B, H, N, D), (B, H, 1, D), (B, H_kv, T, D) -> (B, H_kv, min(budget, T))."""
+    valid: Array,
+) -> None:
+    """`found`, (B, H_kv, C), is what the method selects, up to scores that tie within float32 rounding.
+
+    Args:
+        proxies: (B, H, N, D).
+        last_query: (B, H, 1, D).
+        keys: (B, H_kv, T, D).
+        valid: (B, T).
+    """
     proxies, last_query, keys = (part.astype(np.float64) for part in (proxies, last_query, keys))
-    batch, kv_heads, tokens, _ = keys.shape
-    shared = proxies.shape[1] // kv_heads
-    valid = np.ones((batch, tokens), bool) if valid is None else valid
-    result = np.zeros((batch, kv_heads, min(budget, tokens)), int)
-    for row in range(batch):
-        for head in range(kv_heads):
-            heads = slice(head * shared, (head + 1) * shared)
-            score = scores(
-                proxies[row, heads], last_query[row, heads], keys[row, head], valid[row], num_groups, mass, scaling
-            )
-            result[row, head] = kept(score, valid[row], budget)
-    return result
+    shared = proxies.shape[1] // keys.shape[1]
+    for row, head in np.ndindex(*keys.shape[:2]):
+        heads = slice(head * shared, (head + 1) * shared)
+        score = scores(
+            proxies[row, heads], last_query[row, heads], keys[row, head], valid[row], num_groups, mass, scaling
+        )
+        expected, mine = kept(score, valid[row], budget), found[row, head].tolist()
+        assert mine == sorted(set(mine))
+        assert mine[-1] == len(score) - 1
+        assert [token for token in mine if not valid[row, token]] == [t for t in expected if not valid[row, t]]
+        np.testing.assert_allclose(
+            np.sort(score[mine]), np.sort(score[expected]), atol=1e-5, err_msg=f"row {row}, KV head {head}: {mine}"
+        )

@@ -72,7 +72,9 @@ def recorded_queries(model, **inputs):
 
 def observed(model, ids):
     """The decoder, and what each of its layers is given: (hidden_states, cos, sin)."""
-    layers = [i for i, layer in enumerate(ShiftKVCache(model, budget=1).layers) if type(layer).__name__ == "SelectedLayer"]
+    layers = [
+        i for i, layer in enumerate(ShiftKVCache(model, budget=1).layers) if type(layer).__name__ == "SelectedLayer"
+    ]
     decoder, inputs, handles = Decoder(model, layers), {}, []
     for index, layer in decoder.attention.items():
 

@@ -129,7 +129,7 @@ def test_padding_on_the_right_is_refused_when_the_prompt_ends():
 def test_a_model_that_is_set_to_prefill_in_chunks_needs_a_chunked_cache():
     model = models.text_model()
     model.generation_config.prefill_chunk_size = 16
-    with pytest.raises(ValueError, match='prefill="single", but .* prefill_chunk_size=16.*prefill="chunked"'):
+    with pytest.raises(ValueError, match=r'prefill="single", but .* prefill_chunk_size=16.*prefill="chunked"'):
         greedy(model, {"input_ids": models.prompt_ids()}, ShiftKVCache(model, budget=4))
     cache = ShiftKVCache(model, budget=4, prefill="chunked")
     greedy(model, {"input_ids": models.prompt_ids()}, cache)

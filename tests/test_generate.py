@@ -70,7 +70,7 @@ def test_a_small_budget_stores_the_budget_and_the_new_tokens(vision_case, mode, 
 
 
 def test_beams_carry_their_kept_tokens_along():
-    """Beams of different prompts never mix, so each row's selection is that of its prompt whatever beams were chosen."""
+    """Beams of different prompts never mix: each row's selection is that of its prompt whatever beams were chosen."""
     model, inputs = models.text_model(), {"input_ids": models.prompt_ids(2, 30)}
     cache, single = ShiftKVCache(model, budget=7), ShiftKVCache(model, budget=7)
     found = generate(model, inputs, cache, num_beams=4, do_sample=False)
@@ -164,7 +164,7 @@ class TestLaterTurns:
 
 
 class TestAssistedDecoding:
-    """The first pass holds the prompt and the first candidates; selection waits until it is known which are accepted."""
+    """The first pass holds the prompt and the first candidates: the selection waits until it is known which stay."""
 
     def inputs(self):
         # A text that repeats itself, so that looking up the prompt finds candidates from the first step on.

@@ -82,9 +82,9 @@ def test_the_prompt_is_let_go_layer_by_layer(model):
         return found
 
     cache.update = watched
-    handles = [
-        block.register_forward_pre_hook(remember, with_kwargs=True) for block in model.model.layers[1:]
-    ] + [model.model.norm.register_forward_pre_hook(remember, with_kwargs=True)]
+    handles = [block.register_forward_pre_hook(remember, with_kwargs=True) for block in model.model.layers[1:]] + [
+        model.model.norm.register_forward_pre_hook(remember, with_kwargs=True)
+    ]
     with torch.no_grad():
         model(models.prompt_ids(2), past_key_values=cache, use_cache=True)
     for handle in handles:
@@ -142,9 +142,7 @@ def test_crop_takes_back_what_came_after_the_prompt(model):
         model(more, past_key_values=cache, use_cache=True)
         cache.crop(-3)
         model(more[:, :2], past_key_values=expected, use_cache=True)
-        found, wanted = (
-            model(more[:, :1], past_key_values=each, use_cache=True).logits for each in (cache, expected)
-        )
+        found, wanted = (model(more[:, :1], past_key_values=each, use_cache=True).logits for each in (cache, expected))
     assert cache.get_seq_length() == 43
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
@@ -154,7 +152,9 @@ def test_crop_into_a_compressed_prompt_is_refused_and_changes_nothing(model):
     with torch.no_grad():
         model(models.prompt_ids(2, 5), past_key_values=cache, use_cache=True)
     before = [layer.keys.clone() for layer in cache.layers]
-    with pytest.raises(ValueError, match="tokens_to_remove=-6: only 5 tokens can be removed, the prompt .* compressed"):
+    with pytest.raises(
+        ValueError, match=r"tokens_to_remove=-6: only 5 tokens can be removed, the prompt .* compressed"
+    ):
         cache.crop(-6)
     with pytest.raises(ValueError, match="tokens_to_remove=3 must be negative"):
         cache.crop(3)

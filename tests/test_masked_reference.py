@@ -26,7 +26,7 @@ def generate(model, inputs, cache):
 
 @contextlib.contextmanager
 def dropped_entries_masked(model, kept, valid):
-    """While decoding, each attention module sees of the prompt (valid: (B, T) bool) only what each of its heads kept."""
+    """While decoding, each attention module sees of the prompt, valid: (B, T) bool, only what each of its heads kept."""
     tokens = valid.shape[1]
     handles = []
     for module in model.modules():
@@ -92,7 +92,9 @@ def test_left_padding_with_rows_shorter_than_the_budget(budget):
     assert_decodes_like_the_masked_full_cache(models.text_model("qwen2"), inputs, budget)
 
 
-@pytest.mark.parametrize("settings", [{"last_token_layers": 2}, {"stats_window": 7}, {"gamma": 0}, {"future_stride": 1}])
+@pytest.mark.parametrize(
+    "settings", [{"last_token_layers": 2}, {"stats_window": 7}, {"gamma": 0}, {"future_stride": 1}]
+)
 def test_other_settings(settings):
     model, inputs = models.text_model("qwen2"), {"input_ids": models.prompt_ids()}
     assert_decodes_like_the_masked_full_cache(model, inputs, budget=9, **settings)

@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +13,11 @@ def inputs(seed=0, batch=2, heads=4, kv_heads=2, proxies=8, tokens=30, head_dim=
     def draw(*shape):
         return spread * torch.randn(*shape, generator=generator)
 
-    return draw(batch, heads, proxies, head_dim), draw(batch, heads, 1, head_dim), draw(batch, kv_heads, tokens, head_dim)
+    return (
+        draw(batch, heads, proxies, head_dim),
+        draw(batch, heads, 1, head_dim),
+        draw(batch, kv_heads, tokens, head_dim),
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -26,7 +29,7 @@ def inputs(seed=0, batch=2, heads=4, kv_heads=2, proxies=8, tokens=30, head_dim=
     tokens=st.integers(1, 60),
     budget=st.integers(1, 70),
     head_dim=st.sampled_from([8, 40, 64]),
-    mass=st.sampled_from([0.3, 0.9, 0.95, 1.0]),
+    mass=st.sampled_from([0.3, 0.9, 0.95]),
     padding=st.integers(0, 59),
 )
 def test_agrees_with_the_float64_statement_of_the_method(
@@ -37,13 +40,11 @@ def test_agrees_with_the_float64_statement_of_the_method(
     valid[1, : min(padding, tokens - 1)] = False
     arguments = {"budget": budget, "num_groups": groups, "mass": mass, "scaling": 0.25}
     kept = select_tokens(proxies, last, keys, valid=valid, **arguments)
-    expected = method.select(*(part.numpy() for part in (proxies, last, keys)), valid=valid.numpy(), **arguments)
     assert kept.dtype == torch.int64
-    # A group whose mass comes within float32 rounding of the threshold may vote for one token more or less.
-    if mass < 1:
-        np.testing.assert_array_equal(kept.numpy(), expected)
-    else:
-        assert (kept.numpy() == expected).mean() > 0.9
+    assert kept.shape == (2, kv_heads, min(budget, tokens))
+    method.assert_selects(
+        kept.numpy(), *(part.numpy() for part in (proxies, last, keys)), valid=valid.numpy(), **arguments
+    )
 
 
 @pytest.mark.parametrize("budget", [1, 5, 29, 30, 31, 1000])

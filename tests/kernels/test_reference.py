@@ -26,9 +26,10 @@ def test_group_mass_is_the_mean_attention_of_each_group_and_the_last_query(heads
     shared = heads // kv_heads
     for row in range(2):
         for head in range(kv_heads):
-            arrays = [
-                part[row, head * shared : (head + 1) * shared].double().numpy() for part in (proxies, last)
-            ] + [keys[row, head].double().numpy(), valid[row].numpy()]
+            arrays = [part[row, head * shared : (head + 1) * shared].double().numpy() for part in (proxies, last)] + [
+                keys[row, head].double().numpy(),
+                valid[row].numpy(),
+            ]
             by_proxy = method.attention_mass(arrays[0], arrays[2], arrays[3], 0.3)
             by_last = method.attention_mass(arrays[1], arrays[2], arrays[3], 0.3)[0]
             expected = (by_proxy.reshape(4, 2, -1).sum(axis=1) + by_last) / 3

@@ -1,0 +1,53 @@
+"""Command-line arguments that the example scripts share, checked."""
+
+import argparse
+import contextlib
+from pathlib import Path
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def budget(text: str) -> int | float:
+    """An argparse type: a whole number of tokens, at least 1, or a fraction of the prompt in (0, 1], such as 0.1."""
+    with contextlib.suppress(ValueError):
+        if (tokens := int(text)) >= 1:
+            return tokens
+    with contextlib.suppress(ValueError):
+        if 0 < (fraction := float(text)) <= 1:
+            return fraction
+    raise argparse.ArgumentTypeError(
+        f"a budget is a whole number of tokens, at least 1, or a fraction of the prompt in (0, 1], got {text!r}"
+    )
+
+
+def positive_integer(text: str) -> int:
+    """An argparse type: a whole number, at least 1."""
+    with contextlib.suppress(ValueError):
+        if (number := int(text)) >= 1:
+            return number
+    raise argparse.ArgumentTypeError(f"needs a whole number, at least 1, got {text!r}")
+
+
+def existing_file(text: str) -> str:
+    """An argparse type: the path of a file that exists."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"no such file: {text!r}")
+    return text
+
+
+def family_arguments(default_model: str) -> argparse.ArgumentParser:
+    """What a script for one model family takes besides images, to be used as a parent parser."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--model", default=default_model, help="hub id or local folder (default: %(default)s)")
+    parser.add_argument("--question", default="What does it show?", help="default: %(default)s")
+    parser.add_argument(
+        "--budget",
+        type=budget,
+        default=64,
+        help="prompt tokens to keep per layer and head, or the fraction of them in (0, 1] (default: %(default)s)",
+    )
+    parser.add_argument("--max-new-tokens", type=positive_integer, default=256, help="default: %(default)s")
+    parser.add_argument("--attn", default="sdpa", help="attention implementation (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: that of the checkpoint")
+    parser.add_argument("--device-map", default="auto", help="where the weights go (default: %(default)s)")
+    return parser

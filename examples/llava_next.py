@@ -1,0 +1,63 @@
+"""LLaVA-NeXT (LLaVA-1.6 with Vicuna or Mistral) with a compressed KV cache.
+
+    python llava_next.py --image page.png --question "What is the total?"
+    python llava_next.py --model llava-hf/llava-v1.6-mistral-7b-hf --image chart.png --budget 128
+
+Needs `accelerate`.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+
+from common import existing_file, family_arguments
+from mmshiftkv import ShiftKVCache
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, of which at least one names an image."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0], parents=[family_arguments("llava-hf/llava-v1.6-vicuna-7b-hf")]
+    )
+    parser.add_argument(
+        "--image", type=existing_file, action="append", required=True, help="image file; may be repeated"
+    )
+    return parser.parse_args(argv)
+
+
+def build_inputs(processor: Any, images: Sequence[str], question: str) -> Any:
+    """The tensors that `generate` takes, for one user message: the images, then the question."""
+    content: list[dict[str, Any]] = [{"type": "image", "image": Image.open(image)} for image in images]
+    content.append({"type": "text", "text": question})
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script with these arguments, or with those of the command line."""
+    arguments = parse_arguments(argv)
+    processor = LlavaNextProcessor.from_pretrained(arguments.model)
+    model = LlavaNextForConditionalGeneration.from_pretrained(
+        arguments.model,
+        dtype=arguments.dtype,
+        attn_implementation=arguments.attn,
+        device_map=arguments.device_map,
+    )
+    inputs = build_inputs(processor, arguments.image, arguments.question).to(model.device, model.dtype)
+
+    cache = ShiftKVCache(model, budget=arguments.budget)
+    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+    print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    print(cache.report())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""One optimizer step of the training, and what to report about it."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from tiny_vlm.batches import CHARS_PER_PATCH, IGNORE
+from tiny_vlm.forward import FastForward, linear
+from tiny_vlm.pages import TASKS
+from tiny_vlm.pixels import paint
+
+CHARACTERS = 128  # classes of the character head: ASCII, 0 for none
+BLANK_WEIGHT = 0.05  # of patch slots without a character, which would outweigh the others
+
+
+def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean cross entropy; logits (..., classes), targets and weights (...)."""
+    losses = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
+    weights = weights.flatten()
+    return (losses * weights).sum() / weights.sum().clamp(min=1)
+
+
+class Step:
+    """One optimizer step on a batch; on a GPU, a CUDA graph for each page size.
+
+    `aux` is the weight of the loss of a head that names the characters in each patch. The head serves training only: it
+    teaches the vision part to read before the text part has learned where to look.
+    """
+
+    def __init__(
+        self, model: Qwen2_5_VLForConditionalGeneration, device: str, aux: float, compiled: bool, graphs: bool
+    ) -> None:
+        """Takes the model's parameters into an optimizer; `compiled` and `graphs` are for speed alone."""
+        self.aux, self.use_graphs = aux, graphs and device == "cuda"
+        self.graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, dict[str, Tensor], dict[str, Tensor]]] = {}
+        self.head = torch.nn.Linear(model.config.vision_config.hidden_size, CHARS_PER_PATCH * CHARACTERS).to(device)
+        self.fast = FastForward(model, torch.bfloat16 if device == "cuda" else torch.float32, compiled)
+        self.parameters = [*model.parameters(), *self.head.parameters()]
+        groups = [
+            {"params": [parameter for parameter in self.parameters if parameter.ndim > 1], "weight_decay": 0.05},
+            {"params": [parameter for parameter in self.parameters if parameter.ndim < 2], "weight_decay": 0.0},
+        ]
+        gpu = {"fused": True, "capturable": True} if device == "cuda" else {}
+        # The rate is a tensor: a captured graph reads it anew in each replay.
+        self.optimizer = torch.optim.AdamW(groups, lr=torch.tensor(0.0, device=device), betas=(0.9, 0.98), **gpu)
+
+    def run(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Losses, logits (images, text, vocabulary) and character logits (images, patches, slots, characters)."""
+        logits, features = self.fast(paint(batch), batch["inputs"], batch["offsets"], batch["segments"])
+        targets, characters = batch["targets"], batch["characters"].long()
+        loss = weighted_loss(logits, targets.clamp(min=0), (targets != IGNORE).float())
+        spotted = linear(features, self.head.weight, self.head.bias).unflatten(-1, (CHARS_PER_PATCH, CHARACTERS))
+        importance = BLANK_WEIGHT + (1 - BLANK_WEIGHT) * (characters > 0)
+        aux = weighted_loss(spotted, characters, importance)
+        (loss + self.aux * aux).backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"loss": loss.detach(), "aux": aux.detach(), "logits": logits.detach(), "spotted": spotted.detach()}
+
+    def capture(self, batch: dict[str, Tensor]) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor], dict[str, Tensor]]:
+        """A graph of `run`, the tensors that it reads its batch from, and those that it leaves its results in."""
+        held = {name: value.clone() for name, value in batch.items()}
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                expected = self.run(held)["loss"].item()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the loader pins memory meanwhile
+            outputs = self.run(held)
+        weight = self.parameters[0].detach().clone()
+        graph.replay()
+        found, moved = outputs["loss"].item(), not torch.equal(weight, self.parameters[0])
+        if abs(found - expected) > 0.5 or not moved:
+            raise RuntimeError(f"the CUDA graph does not train: loss {expected} before, {found} after, moved {moved}")
+        return graph, held, outputs
+
+    def __call__(self, batch: dict[str, Tensor], rate: float) -> dict[str, Tensor]:
+        """Makes the step at learning rate `rate`; returns what `run` does, valid until the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(rate)
+        if not self.use_graphs:
+            return self.run(batch)
+        shape = tuple(batch["cover"].shape)
+        if shape not in self.graphs:
+            self.graphs[shape] = self.capture(batch)
+        graph, held, outputs = self.graphs[shape]
+        for name, value in batch.items():
+            held[name].copy_(value)
+        graph.replay()
+        return outputs
+
+
+@torch.no_grad()
+def report(batch: dict[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Losses, and accuracies with the true text so far given, of the step just made.
+
+    A task without questions in the batch has the accuracy None. Raises FloatingPointError when the loss is not finite.
+    """
+    loss = outputs["loss"].item()
+    if not math.isfinite(loss):
+        raise FloatingPointError("the loss is not finite")
+    counted = batch["targets"] != IGNORE
+    right = (outputs["logits"].argmax(-1) == batch["targets"]) & counted
+    token_accuracy = {}
+    for number, task in enumerate(TASKS):
+        here = batch["tasks"] == number
+        total = int((counted & here).sum())
+        token_accuracy[task] = round(int((right & here).sum()) / total, 4) if total else None
+    seen = batch["characters"] > 0
+    spotted = (outputs["spotted"].argmax(-1) == batch["characters"])[seen].float().mean().item()
+    return {
+        "loss": round(loss, 4),
+        "aux": round(outputs["aux"].item(), 4),
+        "spotted": round(spotted, 4),
+        "token_accuracy": token_accuracy,
+    }

@@ -1,0 +1,162 @@
+import json
+import re
+import sys
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from transformers import DynamicCache
+
+import compare
+from mmshiftkv import ShiftKVCache
+from scoring import summarize
+
+SMALL = ["--count", "2", "--batch-size", "2", "--device", "cpu"]
+
+
+def run(capsys, *arguments):
+    """The table that the script prints, one list of cells for each line after the headline."""
+    compare.main([*SMALL, *arguments])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "exact match / ANLS, percent"
+    return [re.split(r"  +", line.strip()) for line in lines[1:]]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """What one run of the script writes: the parsed JSON file, and the path of the plot."""
+    folder = tmp_path_factory.mktemp("compare")
+    options = ["--tasks", "lookup", "line", "--budgets", "400", "8", "--seed", "7"]
+    options += ["--json", str(folder / "scores.json"), "--plot", str(folder / "plot.png")]
+    compare.main([*SMALL, *options])
+    return json.loads((folder / "scores.json").read_text(encoding="utf-8")), folder / "plot.png"
+
+
+def test_the_table_has_a_row_for_each_cache_and_a_column_for_each_task(capsys):
+    header, full, large, small = run(capsys, "--tasks", "multi", "lookup", "--budgets", "500", "8")
+    assert header == ["cache", "budget", "multi (n=2)", "lookup (n=2)", "mean"]
+    assert full == ["full", "-", *["100.0 / 100.0"] * 3]
+    # None of these prompts has 500 tokens: everything is kept, and nothing changes.
+    assert large == ["shiftkv", "500", *full[2:]]
+    assert small[:2] == ["shiftkv", "8"]
+    assert small[2:] != full[2:]
+
+
+def test_json_holds_settings_versions_and_scores(written):
+    scores, _ = written
+    assert scores["settings"] == {
+        "model": "tiny_qwen2_5_vl",
+        "methods": ["shiftkv"],
+        "budgets": [400, 8],
+        "tasks": ["lookup", "line"],
+        "count": 2,
+        "batch_size": 2,
+        "seed": 7,
+        "builtin_font_only": False,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    assert scores["environment"]["torch"] == torch.__version__
+    assert scores["environment"]["transformers"] == transformers.__version__
+    assert scores["environment"]["python"] == sys.version.split()[0]
+    assert scores["environment"]["device"].startswith("cpu")
+    assert [(row["method"], row["budget"]) for row in scores["results"]] == [
+        ("full", None),
+        ("shiftkv", 400),
+        ("shiftkv", 8),
+    ]
+    for row in scores["results"]:
+        assert list(row["tasks"]) == ["lookup", "line"]
+        for measure in ("exact_match", "anls"):
+            by_task = [task[measure] for task in row["tasks"].values()]
+            assert row["mean"][measure] == pytest.approx(sum(one["mean"] for one in by_task) / 2)
+            assert all(0 <= one["low"] <= one["mean"] <= one["high"] <= 1 for one in by_task)
+        assert all(task["count"] == 2 for task in row["tasks"].values())
+
+
+def test_the_full_cache_answers_right_and_a_budget_of_eight_does_not(written):
+    full, _, small = (row["mean"]["exact_match"] for row in written[0]["results"])
+    assert full == 1.0
+    assert small < full
+
+
+def test_the_plot_is_an_image(written):
+    with Image.open(written[1]) as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 300
+
+
+def test_every_task_is_asked_the_same_whatever_else_is(capsys):
+    alone = run(capsys, "--tasks", "lookup", "--budgets", "16", "--count", "3")
+    together = run(capsys, "--tasks", "line", "lookup", "--budgets", "16", "--count", "3")
+    assert [row[2] for row in alone] == [row[3] for row in together]
+
+
+def test_repeated_budgets_and_tasks_are_measured_once(capsys):
+    header, *rows = run(capsys, "--tasks", "lookup", "lookup", "--budgets", "9", "9", "--builtin-font-only")
+    assert header == ["cache", "budget", "lookup (n=2)", "mean"]
+    assert [row[:2] for row in rows] == [["full", "-"], ["shiftkv", "9"]]
+
+
+def test_a_setup_makes_a_new_cache_for_each_call(tiny):
+    model, _ = tiny
+    assert type(compare.Setup().make_cache(model)) is DynamicCache
+    shift = compare.Setup("shiftkv", 32)
+    first, second = shift.make_cache(model), shift.make_cache(model)
+    assert isinstance(first, ShiftKVCache)
+    assert first is not second
+
+
+def test_more_methods_are_more_panels(tmp_path):
+    perfect, wrong = summarize([("a", "a")]), summarize([("a", "b")])
+    results = [compare.Result(compare.Setup(), {"lookup": perfect})]
+    results += [
+        compare.Result(compare.Setup(method, budget), {"lookup": wrong})
+        for method in ("one", "two", "three")
+        for budget in (16, 8)
+    ]
+    compare.draw_plot(results[:3], tmp_path / "single.png")
+    compare.draw_plot(results, tmp_path / "triple.png")
+    with Image.open(tmp_path / "single.png") as single, Image.open(tmp_path / "triple.png") as triple:
+        assert triple.height == single.height
+        assert triple.width > 2 * single.width
+    assert [line.split()[:2] for line in compare.table(results).splitlines()[2:]] == [
+        ["full", "-"],
+        *([method, budget] for method in ("one", "two", "three") for budget in ("16", "8")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "poem"], "'poem' (choose from"),
+        (["--methods", "none"], "'none' (choose from"),
+        (["--count", "0"], "--count: needs a whole number, at least 1, got '0'"),
+        (["--budgets", "64", "0"], "--budgets: needs a whole number, at least 1, got '0'"),
+        (["--budgets", "many"], "--budgets: needs a whole number, at least 1, got 'many'"),
+        (["--batch-size", "-8"], "--batch-size: needs a whole number, at least 1, got '-8'"),
+        (["--model", "nowhere"], "--model: no such folder: 'nowhere'"),
+        (["--json", "nowhere/scores.json"], "--json: no such folder: 'nowhere'"),
+        (["--device", "toaster"], "--device: cannot use 'toaster'"),
+        (["--device", "cuda:99"], "--device: cannot use 'cuda:99'"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        compare.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plot", "plot.png"], '--plot needs matplotlib: pip install "mmshiftkv[plot]"'),
+        ([], 'without --builtin-font-only needs matplotlib: pip install "mmshiftkv[plot]"'),
+    ],
+)
+def test_missing_matplotlib_is_named(arguments, message, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        compare.main(arguments)
+    assert message in capsys.readouterr().err
