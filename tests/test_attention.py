@@ -17,6 +17,17 @@ SUPPORTED = {
     "llama-mqa": {"num_key_value_heads": 1},
     "llama-head_dim": {"head_dim": 40},
     "llama-yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
+    "llama-linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    "llama-longrope": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "factor": 4.0,
+            "short_factor": [1.0 + 0.1 * i for i in range(8)],
+            "long_factor": [2.0 + 0.3 * i for i in range(8)],
+            "original_max_position_embeddings": 128,
+            "rope_theta": 1e4,
+        }
+    },
     "llama-llama3": {
         "rope_parameters": {
             "rope_type": "llama3",

@@ -26,7 +26,7 @@ def generate(model, inputs, cache):
 
 @contextlib.contextmanager
 def dropped_entries_masked(model, kept, valid):
-    """While decoding, each attention module sees of the prompt, valid: (B, T) bool, only what each of its heads kept."""
+    """While decoding, each attention module sees of the prompt, valid: (B, T) bool, only what its heads kept."""
     tokens = valid.shape[1]
     handles = []
     for module in model.modules():

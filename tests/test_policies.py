@@ -1,0 +1,86 @@
+"""The protocol between a cache and a policy, with the policy that CONTRIBUTING.md shows."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+from mmshiftkv import Policy, PrefillSelectionCache
+
+CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Scores tokens by their number, and keeps what it was asked."""
+
+    observed: list
+    scored: list
+
+    def observe(self, observation, earlier):
+        self.observed.append((observation.hidden_states.shape[1], earlier))
+        return (earlier or 0) + observation.hidden_states.shape[1]
+
+    def score(self, layer, summary, keys, values, valid):
+        self.scored.append((layer.index, summary, keys.shape, values.shape, valid))
+        return torch.arange(keys.shape[2]).float().expand(keys.shape[:3])
+
+
+def prefill(model, cache, ids, chunk=None, **inputs):
+    with torch.no_grad():
+        for part in ids.split(chunk or ids.shape[1], dim=1):
+            model(part, past_key_values=cache, use_cache=True, **inputs)
+
+
+def test_a_prompt_is_shown_once_and_scored_once_per_layer():
+    model = models.text_model()
+    policy = Recorder([], [])
+    cache = PrefillSelectionCache(model, policy, budget=5)
+    inputs = models.left_padded([40, 30])
+    prefill(model, cache, inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    assert policy.observed == [(40, None)] * 3
+    assert [entry[:4] for entry in policy.scored] == [(i, 40, (2, 2, 40, 16), (2, 2, 40, 16)) for i in range(3)]
+    assert all(entry[4].equal(inputs["attention_mask"].bool()) for entry in policy.scored)
+    assert cache.kept_indices(0)[0, 0].tolist() == [35, 36, 37, 38, 39]
+
+
+def test_a_prompt_in_chunks_is_shown_piece_by_piece():
+    model = models.text_model()
+    policy = Recorder([], [])
+    cache = PrefillSelectionCache(model, policy, budget=5, prefill="chunked", prompt_length=40)
+    prefill(model, cache, models.prompt_ids(), chunk=16)
+    assert policy.observed == [(16, None)] * 3 + [(16, 16)] * 3 + [(8, 32)] * 3
+    assert [entry[:2] for entry in policy.scored] == [(0, 40), (1, 40), (2, 40)]
+    assert all(entry[4] is None for entry in policy.scored)
+
+
+def test_a_prompt_that_fits_is_not_scored():
+    model = models.text_model()
+    policy = Recorder([], [])
+    prefill(model, PrefillSelectionCache(model, policy, budget=40), models.prompt_ids())
+    assert policy.scored == []
+
+
+def test_the_policy_of_the_contributor_notes():
+    (snippet,) = re.findall(r"```python\n(.*?)```", CONTRIBUTING.read_text(encoding="utf-8"), re.S)
+    model = models.text_model()
+    names = {"model": model, "dataclass": dataclass, "PrefillSelectionCache": PrefillSelectionCache}
+    exec(compile(snippet, "CONTRIBUTING.md", "exec"), names)
+    policy: Policy = names["LongestValues"]()
+    cache = PrefillSelectionCache(model, policy, budget=4)
+    prefill(model, cache, models.prompt_ids())
+    values = []
+    update = names["cache"].update
+    names["cache"].update = lambda keys, states, index: values.append(states) or update(keys, states, index)
+    prefill(model, names["cache"], models.prompt_ids())
+    best = values[0].norm(dim=-1)[..., :-1].topk(3).indices.sort().values
+    assert cache.kept_indices(0)[..., :-1].equal(best)
+
+
+@pytest.mark.parametrize("budget", [0, 1.5, True, "64"])
+def test_every_cache_checks_its_budget(budget):
+    with pytest.raises((TypeError, ValueError), match="budget="):
+        PrefillSelectionCache(models.text_model(), Recorder([], []), budget)

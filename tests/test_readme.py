@@ -1,0 +1,61 @@
+"""What the README says is what the repository does."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+BASH = re.findall(r"```bash\n(.*?)```", README, re.S)
+
+
+def test_ci_runs_the_command_that_the_readme_gives():
+    (command,) = [block.strip() for block in BASH if "pytest" in block]
+    assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
+def test_files_that_are_linked_exist():
+    for text in (README, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
+        for target in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+            assert (ROOT / target).exists(), target
+
+
+def test_the_snippets_run(vision_case, capsys):
+    case = vision_case("qwen2_5_vl")
+    inputs = case.prompts()
+    names = {"model": case.model, "inputs": inputs, "processor": case.processor, "torch": torch}
+    for snippet in PYTHON:
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert "stored" in capsys.readouterr().out
+    prompt = inputs["input_ids"].shape[1]
+    assert names["cache"].kept_indices(0).shape[-1] == 64
+    assert names["answer"].shape[1] > names["conversation"].shape[1] > prompt
+    assert names["answer"][:, :prompt].equal(inputs["input_ids"])
+
+
+def test_the_results_are_those_on_record():
+    recorded = json.loads((ROOT / "examples" / "results" / "compare.json").read_text(encoding="utf-8"))
+    rows = re.findall(r"^\| (?:full|ShiftKV) \| (\S+) \| (.*) \|$", README, re.M)
+    assert len(rows) == len(recorded["results"]) == 5
+    for (budget, cells), result in zip(rows, recorded["results"], strict=True):
+        assert budget == str(result["budget"] or "-")
+        for cell, task in zip(cells.split(" | "), result["tasks"].values(), strict=True):
+            exact, anls = (100 * task[name]["mean"] for name in ("exact_match", "anls"))
+            assert cell == f"{exact:.1f} / {anls:.1f}"
+    assert {result["tasks"]["line"]["count"] for result in recorded["results"]} == {140}
+
+
+def test_the_settings_are_all_there():
+    from dataclasses import fields
+
+    from mmshiftkv import ShiftKVConfig
+
+    table = README[README.index("| field | default |") : README.index("`cache.kept_indices(layer)`")]
+    assert {field.name for field in fields(ShiftKVConfig)} <= set(re.findall(r"`(\w+)`", table))
+    for field in fields(ShiftKVConfig):
+        row = next(line for line in table.splitlines() if f"`{field.name}`" in line.split("|")[1])
+        if isinstance(field.default, float):
+            assert f" {field.default:g}" in row
