@@ -1,5 +1,7 @@
 """A prompt prefilled in several passes is selected from once, as if it had come in one."""
 
+import warnings
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -134,6 +136,18 @@ def test_a_model_that_is_set_to_prefill_in_chunks_needs_a_chunked_cache():
     cache = ShiftKVCache(model, budget=4, prefill="chunked")
     greedy(model, {"input_ids": models.prompt_ids()}, cache)
     assert cache.kept_indices(0).shape[-1] == 4
+
+
+def test_chunks_that_look_like_turns_are_warned_of():
+    model, inputs = models.text_model(), {"input_ids": models.prompt_ids()}
+    with pytest.warns(UserWarning, match='a second pass of 16 tokens.*prefill="chunked"'):
+        greedy(model, inputs, ShiftKVCache(model, budget=4), prefill_chunk_size=16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        greedy(model, inputs, ShiftKVCache(model, budget=4, prefill="chunked"), prefill_chunk_size=16)
+        cache = ShiftKVCache(model, budget=4)
+        greedy(model, inputs, cache)
+        greedy(model, {"input_ids": torch.cat([inputs["input_ids"]] * 3, dim=1)}, cache)
 
 
 def test_a_prompt_under_way_cannot_be_cropped():

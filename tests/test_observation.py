@@ -1,5 +1,6 @@
 import copy
 import gc
+import pickle
 import threading
 
 import pytest
@@ -175,6 +176,11 @@ def test_a_deep_copy_has_neither_hooks_nor_a_model_of_its_own(model):
     run(model, cache)
     assert_equal_selections(cache, twin)
     assert models.hooks_on(model) == 0
+
+
+def test_a_cache_is_not_pickled_with_its_model(model):
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(ShiftKVCache(model, budget=4))
 
 
 def test_a_cache_of_another_model_is_refused(model):

@@ -16,6 +16,7 @@ _FOREIGN_PARTS = {
     "attn_logit_softcapping": "logit soft-capping",
     "lambda_q1": "differential attention",
 }
+_PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # others are those of quantised weights
 _checked: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
@@ -123,8 +124,7 @@ class AttentionLayer:
         parameter = next(self.module.parameters())
         if self.module in _checked or parameter.device.type == "meta":
             return
-        weight = getattr(self.module.k_proj, "weight", parameter)
-        dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
+        dtype = parameter.dtype if parameter.dtype in _PLAIN_DTYPES else torch.get_default_dtype()
         hidden = torch.arange(2 * hidden_size, device=parameter.device).sin().view(1, 2, hidden_size).to(dtype)
         positions = torch.tensor([[3, 11]], device=parameter.device)
         try:

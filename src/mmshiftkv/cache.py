@@ -1,5 +1,6 @@
 """The caches: a DynamicCache that selects from each layer's prompt while it is being prefilled."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -171,6 +172,13 @@ class PrefillSelectionCache(DynamicCache):
         if not self._in_prompt(first):
             if any(self._in_prompt(self.layers[index]) for index in self._selected):
                 raise ValueError("the cache holds part of a prompt whose prefill was interrupted; call reset()")
+            if first.dropped and first.cumulative_length == query_length > 1:
+                # Chunks cannot be told from turns for certain, but turns are rarely as long as the prompt to the token.
+                warnings.warn(
+                    f"a second pass of {query_length} tokens right after a prompt of as many: if they are chunks of "
+                    'one prompt, build the cache with prefill="chunked", or only the first is compressed',
+                    stacklevel=2,
+                )
             return
         # A prompt whose length was announced ends by itself, in `_collect`.
         may_go_on = self._prompt_length is not None or query_length > 1

@@ -44,6 +44,9 @@ class Decoder:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Decoder":
         return self
 
+    def __reduce__(self) -> Any:
+        raise TypeError("a selecting cache holds on to its model and cannot be pickled; copy.deepcopy copies it")
+
     def fresh_layers(self) -> list[Any]:
         """Empty cache layers, of the kinds that the model's layers call for."""
         return DynamicCache(config=self._config).layers
