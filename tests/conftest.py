@@ -1,5 +1,11 @@
+import os
+
 import pytest
 import torch
+
+# Triton decides when it is first imported, and transformers imports it: without a GPU its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import models
 

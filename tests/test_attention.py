@@ -129,6 +129,22 @@ def test_future_positions_are_those_the_model_would_use(name):
         torch.testing.assert_close(future_sin, all_sin[:, 12:22:3], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_proxies_are_rotated_as_the_model_rotates(name):
+    decoder, inputs = observed(build(name), models.prompt_ids(2, 10))
+    for index, layer in decoder.attention.items():
+        _, cos, sin = (part[:, -1:] for part in inputs[index])
+        heads, dim = layer.module.config.num_attention_heads, layer.head_dim
+        proxies, last = (torch.randn(2, heads, count, dim) for count in (12, 1))
+        found = layer.rotate_ahead(proxies, last, cos, sin, count=4, stride=3, backend="torch")
+        later_cos, later_sin = layer.advance(cos, sin, count=4, stride=3)
+        expected = [layer.rotate(group, later_cos, later_sin) for group in proxies.split(4, dim=2)]
+        torch.testing.assert_close(found[0], torch.cat(expected, dim=2), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[1], layer.rotate(last, cos, sin), atol=1e-5, rtol=1e-5)
+        turns = getattr(layer.module, "use_rope", True)
+        assert layer._pairs_halves == (turns and name not in ("cohere", "glm", "helium"))
+
+
 def test_multimodal_positions_advance_on_all_axes(vision_case):
     case = vision_case("qwen2_5_vl")
     inputs = case.prompts()

@@ -7,7 +7,7 @@ import torch
 import method
 import models
 from mmshiftkv import ShiftKVCache
-from mmshiftkv.proxies import gaussian_noise
+from shiftkv_kernels.reference import gaussian_noise
 
 
 def watched_prefill(model, rotary, inputs, cache):
@@ -71,7 +71,7 @@ def assert_selects(kept, module, config, hidden, keys, positions, valid, inverse
         groups, stride = config.num_groups, config.future_stride or config.num_groups
         mean, deviation = method.statistics(hidden, valid, config.stats_window)
         noise = gaussian_noise(
-            config.num_proxies, hidden.shape[1], seed=config.seed, layer=module.layer_idx, device=torch.device("cpu")
+            config.num_proxies, hidden.shape[1], seed=config.seed, stream=module.layer_idx, device=torch.device("cpu")
         )
         states = mean + config.gamma * deviation * noise.double().numpy()
     size = len(states) // groups

@@ -1,8 +1,8 @@
-"""The operations of a prompt-token selection; knows torch alone.
+"""The operations of a prompt-token selection; knows torch and Triton alone.
 
-Every operation is stated in `reference` in plain torch.
+Every operation is stated in `reference` in plain torch; on a GPU the kernels in `fused` take its place.
 """
 
-from .reference import gather, group_mass, keep_best, vote
+from .ops import draw_samples, gather, group_mass, keep_best, rotate_queries, token_statistics, vote
 
-__all__ = ["gather", "group_mass", "keep_best", "vote"]
+__all__ = ["draw_samples", "gather", "group_mass", "keep_best", "rotate_queries", "token_statistics", "vote"]

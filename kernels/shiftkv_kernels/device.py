@@ -1,17 +1,77 @@
-"""Where Triton can run, and what a GPU has to offer."""
+"""Where the Triton kernels can run, and what a GPU has to offer them."""
 
 import functools
+from typing import NamedTuple
 
 import torch
 
+try:
+    import triton
+except ImportError:  # not made for every platform
+    triton = None
+
+BACKENDS = ("auto", "triton", "torch")
+_LEAST_CAPABILITY = (8, 0)
+
+
+class Gpu(NamedTuple):
+    """What launches are fitted to."""
+
+    multiprocessors: int
+    has_warpgroup_products: bool  # Hopper and the Blackwells for data centres
+
 
 @functools.lru_cache
-def device_limits(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors of a GPU, and the shared memory in bytes that one program may have there.
-
-    Elsewhere, which is where kernels are interpreted, those of a made-up small GPU.
-    """
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU; for a CPU, where kernels are interpreted, a made-up small one."""
     if device.type != "cuda":
-        return 4, 100 * 1024
+        return Gpu(multiprocessors=4, has_warpgroup_products=False)
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    return Gpu(properties.multi_processor_count, properties.major in (9, 10))
+
+
+def takes_triton(backend: str, device: torch.device, unless: str | None = None) -> bool:
+    """Whether an operation on tensors of a device is left to Triton.
+
+    Args:
+        backend: "auto" (Triton on a GPU where it can run), "triton" or "torch".
+        unless: why these tensors are nothing for its kernel; None: nothing speaks against it.
+
+    Raises:
+        ValueError: an unknown backend, or "triton" where it cannot run.
+    """
+    if backend == "torch":
+        return False
+    if backend == "auto":
+        return device.type == "cuda" and unless is None and _obstacle(device) is None
+    if backend != "triton":
+        raise ValueError(f"backend={backend!r} must be one of {', '.join(map(repr, BACKENDS))}")
+    reason = _obstacle(device) or unless
+    if reason is not None:
+        raise ValueError(f'backend="triton" cannot be used: {reason}')
+    return True
+
+
+def is_interpreted() -> bool:
+    """Whether Triton interprets kernels, on any device, instead of compiling them."""
+    return triton is not None and triton.knobs.runtime.interpret
+
+
+def _obstacle(device: torch.device) -> str | None:
+    if triton is None:
+        return "Triton is not installed"
+    if is_interpreted():
+        return None
+    return _missing_in_device(device)
+
+
+@functools.lru_cache
+def _missing_in_device(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"the tensors are on {device}, not on a CUDA device"
+    if torch.version.cuda is None:
+        return "the kernels are made for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        return f"{device} has compute capability {capability}, {_LEAST_CAPABILITY} is needed"
+    return None

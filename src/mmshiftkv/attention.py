@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from shiftkv_kernels import rotate_queries
+
 # What an attention module may have that changes its logits in a way the proxies' logits would miss.
 _FOREIGN_PARTS = {
     "sinks": "attention sinks",
@@ -17,7 +19,12 @@ _FOREIGN_PARTS = {
     "lambda_q1": "differential attention",
 }
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # others are those of quantised weights
-_checked: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+# Modules that passed `AttentionLayer.check`, and whether their rotary embedding pairs the halves of a head.
+_checked: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
+# What `AttentionLayer._step_factors` made of a rotary embedding: layers and caches of a model share it.
+_known_steps: "weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[torch.Tensor, torch.Tensor]]]" = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class AttentionLayer:
@@ -39,7 +46,7 @@ class AttentionLayer:
         self._rotate = _rotation_function(module, self._name)
         self._rotary = rotary
         self._layer_type = layer_type
-        self._steps: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._pairs_halves = False
         for name, reason in _FOREIGN_PARTS.items():
             if getattr(module, name, None) is not None:
                 raise ValueError(f"{self._name} is not supported: it has {reason} ({name})")
@@ -85,10 +92,42 @@ class AttentionLayer:
         later_sin = wide_sin * step_cos + wide_cos * step_sin
         return later_cos.to(cos.dtype), later_sin.to(sin.dtype)
 
+    def rotate_ahead(
+        self,
+        proxies: torch.Tensor,
+        last_query: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *,
+        count: int,
+        stride: int,
+        backend: str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotates proxies to `count` positions after a token, over and over, and the token's own query to its own.
+
+        Args:
+            proxies: (B, H, N, D), N a multiple of `count`.
+            last_query: (B, H, 1, D).
+            cos, sin: (B or 1, 1, rotary dim), of the token.
+            stride: distance between the positions.
+            backend: "auto", "triton" or "torch".
+        """
+        if not getattr(self.module, "use_rope", True):
+            return proxies, last_query
+        if self._pairs_halves:
+            step_cos, step_sin = self._step_factors(count, stride, cos.device)
+            return rotate_queries(proxies, last_query, cos, sin, step_cos[0], step_sin[0], backend=backend)
+        later = self.advance(cos, sin, count=count, stride=stride)
+        # All groups take the same positions, so they may pass for more heads.
+        groups = proxies.unflatten(2, (-1, count)).flatten(1, 2)
+        rotated = self.rotate(groups, *later).unflatten(1, (proxies.shape[1], -1)).flatten(2, 3)
+        return rotated, self.rotate(last_query, cos, sin)
+
     def _step_factors(self, count: int, stride: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of the angles between a position and the `count` next ones, (1, count, rotary dim) float32."""
-        key = (count, stride, device)
-        if key not in self._steps:
+        known = _known_steps.setdefault(self._rotary, {})
+        key = (self._layer_type, count, stride, device)
+        if key not in known:
             positions = torch.arange(count + 1, device=device)[None] * stride
             cos, sin = rotary_factors(self._rotary, positions, self._layer_type)
             # Some embeddings scale cos and sin to scale the logits; cos at position 0 is that factor alone.
@@ -96,8 +135,8 @@ class AttentionLayer:
             factors = cos[:, 1:] / scale, sin[:, 1:] / scale
             if not _is_static(self._rotary):
                 return factors
-            self._steps[key] = factors
-        return self._steps[key]
+            known[key] = factors
+        return known[key]
 
     def _project(self, letter: str, hidden_states: torch.Tensor) -> torch.Tensor:
         projected = getattr(self.module, f"{letter}_proj")(hidden_states)
@@ -122,7 +161,10 @@ class AttentionLayer:
             ValueError: they differ, or the module cannot be run like a standard attention module.
         """
         parameter = next(self.module.parameters())
-        if self.module in _checked or parameter.device.type == "meta":
+        if parameter.device.type == "meta":
+            return
+        if self.module in _checked:
+            self._pairs_halves = _checked[self.module]
             return
         dtype = parameter.dtype if parameter.dtype in _PLAIN_DTYPES else torch.get_default_dtype()
         hidden = torch.arange(2 * hidden_size, device=parameter.device).sin().view(1, 2, hidden_size).to(dtype)
@@ -131,7 +173,8 @@ class AttentionLayer:
             with torch.no_grad():
                 cos, sin = (part.to(dtype) for part in rotary_factors(self._rotary, positions, self._layer_type))
                 expected = _keys_of(self.module, hidden, cos, sin)
-                rebuilt = self.rotate(self._project("k", hidden), cos, sin)
+                unrotated = self._project("k", hidden)
+                rebuilt = self.rotate(unrotated, cos, sin)
                 queries = self.project_queries(hidden)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"{self._name} is not supported: its keys could not be rebuilt ({error})") from error
@@ -145,7 +188,9 @@ class AttentionLayer:
                 f"{self._name} is not supported: q_proj gives {queries.shape[1]} heads of {self.head_dim}, not "
                 f"num_key_value_groups={shared} for each of the {expected.shape[1]} KV heads"
             )
-        _checked.add(self.module)
+        last = slice(1, 2)
+        self._pairs_halves = _pairs_halves(unrotated[:, :, last], cos[:, last], sin[:, last], rebuilt[:, :, last])
+        _checked[self.module] = self._pairs_halves
 
 
 def rotary_factors(
@@ -167,6 +212,15 @@ def rotary_factors(
     arguments = (layer_type,) if "layer_type" in inspect.signature(forward).parameters else ()
     cos, sin = forward(still, torch.zeros(1, device=device), where, *arguments)
     return cos.to(positions.device), sin.to(positions.device)
+
+
+def _pairs_halves(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotated: torch.Tensor) -> bool:
+    """Whether (B, H, 1, D) states become `rotated` by pairing feature i with feature i + rotary dim / 2."""
+    if cos.shape[-1] % 2 or cos.shape[-1] > states.shape[-1]:
+        return False
+    no_step = torch.ones_like(cos[0]).float(), torch.zeros_like(cos[0]).float()
+    turned, _ = rotate_queries(states, states, cos, sin, *no_step, backend="torch")
+    return torch.allclose(turned, rotated, rtol=0.05, atol=0.01)
 
 
 def _is_static(rotary: nn.Module) -> bool:

@@ -59,8 +59,9 @@ def select_tokens(
         num_groups=num_groups,
         scaling=head_dim**-0.5 if scaling is None else scaling,
         valid=valid,
+        backend=backend,
     )
-    return keep_best(vote(groups, mass) + last, budget, valid)
+    return keep_best(vote(groups, mass, backend=backend) + last, budget, valid, backend=backend)
 
 
 def _check_shapes(proxy_queries: torch.Tensor, last_query: torch.Tensor, keys: torch.Tensor, num_groups: int) -> None:

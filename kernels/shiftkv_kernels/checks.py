@@ -1,0 +1,41 @@
+"""Checks of the operations' arguments; the messages name the argument, what it is and what it must be."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+
+def check_shape(name: str, tensor: torch.Tensor, meaning: str, sizes: Sequence[int | None]) -> None:
+    """Raises ValueError unless `tensor` has these sizes (None: any), which `meaning` names, as in "(B, T)"."""
+    shape = tensor.shape
+    if len(shape) != len(sizes) or any(size not in (None, got) for size, got in zip(sizes, shape, strict=True)):
+        known = ", ".join("any" if size is None else str(size) for size in sizes)
+        raise ValueError(f"{name} has shape {tuple(shape)}, must be {meaning} = ({known})")
+
+
+def check_dtype(name: str, tensor: torch.Tensor, *allowed: torch.dtype) -> None:
+    """Raises ValueError unless the dtype of `tensor` is allowed."""
+    if tensor.dtype not in allowed:
+        raise ValueError(f"{name} is {tensor.dtype}, must be {' or '.join(map(str, allowed))}")
+
+
+def check_device(name: str, tensor: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    """Raises ValueError unless both tensors are on one device."""
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, must be on {like.device} like {like_name}")
+
+
+def check_valid(valid: torch.Tensor | None, like_name: str, like: torch.Tensor, batch: int, tokens: int) -> None:
+    """Raises ValueError unless `valid` is None or a (B, T) bool mask on the device of `like`."""
+    if valid is not None:
+        check_shape("valid", valid, "(B, T)", (batch, tokens))
+        check_dtype("valid", valid, torch.bool)
+        check_device("valid", valid, like_name, like)
+
+
+def check_positive(name: str, value: float, most: float = math.inf) -> None:
+    """Raises ValueError unless 0 < value <= most, and finite."""
+    if not 0 < value <= most or value == math.inf:
+        limit = "" if most == math.inf else f" and at most {most}"
+        raise ValueError(f"{name}={value!r} must be more than 0{limit}, and finite")

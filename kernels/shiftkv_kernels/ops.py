@@ -1,0 +1,208 @@
+"""The public operations: arguments are checked here, and the Triton kernel or the reference is chosen.
+
+What an operation computes is written at its namesake in `reference`.  Each takes that one's arguments and, besides,
+
+    backend: "auto" (the Triton kernel for tensors on a GPU, the reference elsewhere), "triton" or "torch",
+
+and raises ValueError for tensors that do not fit together, values out of range, and a backend that cannot run.
+"""
+
+from typing import Any
+
+import torch
+
+from . import reference
+from .checks import check_device, check_dtype, check_positive, check_shape, check_valid
+from .device import is_interpreted, takes_triton
+
+_PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST_HEAD_DIM = 256
+_LARGEST_SEED = 2**32 - 1
+
+
+def token_statistics(hidden_states: torch.Tensor, *, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean of each token's features and their summed squared deviation: two (B, t) of (B, t, d)."""
+    check_shape("hidden_states", hidden_states, "(B, t, d)", (None, None, None))
+    if takes_triton(backend, hidden_states.device):
+        from .fused.token_statistics import token_statistics as fused
+
+        return fused(hidden_states)
+    return reference.token_statistics(hidden_states)
+
+
+def draw_samples(
+    means: torch.Tensor,
+    squares: torch.Tensor,
+    *,
+    count: int,
+    features: int,
+    gamma: float,
+    seed: int,
+    stream: int,
+    dtype: torch.dtype,
+    valid: torch.Tensor | None = None,
+    window: int | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Samples (B, N, d) with the mean of a prompt, of its (B, T) token statistics, and `gamma` times its deviation."""
+    check_shape("means", means, "(B, T)", (None, None))
+    check_shape("squares", squares, "(B, T)", means.shape)
+    check_dtype("means", means, torch.float32)
+    check_dtype("squares", squares, torch.float32)
+    check_device("squares", squares, "means", means)
+    check_valid(valid, "means", means, *means.shape)
+    for name, value in (("count", count), ("features", features), ("window", 1 if window is None else window)):
+        check_positive(name, value)
+    for name, value in (("seed", seed), ("stream", stream)):
+        if not 0 <= value <= _LARGEST_SEED:
+            raise ValueError(f"{name}={value!r} must be from 0 to {_LARGEST_SEED}")
+    arguments: dict[str, Any] = {
+        "count": count,
+        "features": features,
+        "gamma": gamma,
+        "seed": seed,
+        "stream": stream,
+        "dtype": dtype,
+        "valid": valid,
+        "window": window,
+    }
+    if takes_triton(backend, means.device):
+        from .fused.samples import draw_samples as fused
+
+        return fused(means, squares, **arguments)
+    return reference.draw_samples(means, squares, **arguments)
+
+
+def rotate_queries(
+    proxy_queries: torch.Tensor,
+    last_query: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    step_cos: torch.Tensor,
+    step_sin: torch.Tensor,
+    *,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Proxies (B, H, N, D) rotated to positions after the prompt, and last queries (B, H, 1, D) to their own."""
+    batch, _, _, head_dim = _check_queries(proxy_queries, last_query)
+    rotated = cos.shape[-1]
+    if rotated % 2 or not 0 < rotated <= head_dim:
+        raise ValueError(f"cos has {rotated} features, must have an even number, at most the {head_dim} of the queries")
+    check_shape("cos", cos, "(B or 1, 1, rotary dim)", (batch if cos.shape[0] != 1 else 1, 1, rotated))
+    check_shape("sin", sin, "the shape of cos", cos.shape)
+    check_shape("step_cos", step_cos, "(g, rotary dim)", (None, rotated))
+    check_shape("step_sin", step_sin, "the shape of step_cos", step_cos.shape)
+    for name, tensor in (("cos", cos), ("sin", sin), ("step_cos", step_cos), ("step_sin", step_sin)):
+        check_device(name, tensor, "proxy_queries", proxy_queries)
+    if takes_triton(backend, proxy_queries.device):
+        from .fused.rotation import rotate_queries as fused
+
+        return fused(proxy_queries, last_query, cos, sin, step_cos, step_sin)
+    return reference.rotate_queries(proxy_queries, last_query, cos, sin, step_cos, step_sin)
+
+
+def group_mass(
+    proxy_queries: torch.Tensor,
+    last_query: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    num_groups: int,
+    scaling: float,
+    valid: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention mass of each group, (B, H_kv, G, T), and of the last query, (B, H_kv, T), on every token."""
+    batch, heads, proxies, head_dim = _check_queries(proxy_queries, last_query)
+    check_shape("keys", keys, "(B, H_kv, T, D)", (batch, None, None, head_dim))
+    check_dtype("keys", keys, proxy_queries.dtype)
+    check_device("keys", keys, "proxy_queries", proxy_queries)
+    kv_heads, tokens = keys.shape[1:3]
+    check_valid(valid, "keys", keys, batch, tokens)
+    if tokens == 0:
+        raise ValueError("keys has no tokens, must have at least 1")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"keys has {kv_heads} heads, must have a divisor of the {heads} heads of proxy_queries")
+    if num_groups < 1 or proxies == 0 or proxies % num_groups:
+        raise ValueError(f"num_groups={num_groups!r} must be a divisor of the {proxies} proxies in proxy_queries")
+    check_positive("scaling", scaling)
+    if takes_triton(backend, keys.device, unless=_no_product(keys)):
+        from .fused.group_mass import group_mass as fused
+
+        return fused(proxy_queries, last_query, keys, num_groups=num_groups, scaling=scaling, valid=valid)
+    return reference.group_mass(proxy_queries, last_query, keys, num_groups=num_groups, scaling=scaling, valid=valid)
+
+
+def vote(mass: torch.Tensor, threshold: float, *, backend: str = "auto") -> torch.Tensor:
+    """How many of the groups need each token to reach `threshold` of their mass: (B, H_kv, T) of (B, H_kv, G, T).
+
+    The kernel rounds sums of masses otherwise than the reference: where rounding decides whether a group's share is
+    reached at one token or only at the next, the group may cast a vote more or less.
+    """
+    check_shape("mass", mass, "(B, H_kv, G, T)", (None, None, None, None))
+    check_dtype("mass", mass, torch.float32)
+    check_positive("threshold", threshold, most=1)
+    if takes_triton(backend, mass.device):
+        from .fused.vote import vote as fused
+
+        return fused(mass, threshold)
+    return reference.vote(mass, threshold)
+
+
+def keep_best(
+    scores: torch.Tensor, count: int, valid: torch.Tensor | None = None, *, backend: str = "auto"
+) -> torch.Tensor:
+    """The last token and the `count` - 1 others with the highest scores, (B, H_kv, count) int64, ascending."""
+    check_shape("scores", scores, "(B, H_kv, T)", (None, None, None))
+    check_dtype("scores", scores, torch.float32)
+    check_valid(valid, "scores", scores, scores.shape[0], scores.shape[2])
+    if not 1 <= count <= scores.shape[2]:
+        raise ValueError(f"count={count!r} must be from 1 to the {scores.shape[2]} tokens of scores")
+    if takes_triton(backend, scores.device):
+        from .fused.keep_best import keep_best as fused
+
+        return fused(scores, count, valid)
+    return reference.keep_best(scores, count, valid)
+
+
+def gather(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    capacity: int | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and values of the tokens `indices`, (B, H_kv, C), in new storage of `capacity` slots per head."""
+    check_shape("keys", keys, "(B, H_kv, T, D)", (None, None, None, None))
+    check_shape("values", values, "(B, H_kv, T, D_v)", (*keys.shape[:3], None))
+    check_shape("indices", indices, "(B, H_kv, C)", (*keys.shape[:2], None))
+    check_dtype("indices", indices, torch.int64)
+    check_device("values", values, "keys", keys)
+    check_device("indices", indices, "keys", keys)
+    if capacity is not None and capacity < indices.shape[2]:
+        raise ValueError(f"capacity={capacity!r} must be at least the {indices.shape[2]} tokens of indices")
+    if takes_triton(backend, keys.device):
+        from .fused.gather import gather as fused
+
+        return fused(keys, values, indices, capacity=capacity)
+    return reference.gather(keys, values, indices, capacity=capacity)
+
+
+def _check_queries(proxy_queries: torch.Tensor, last_query: torch.Tensor) -> torch.Size:
+    check_shape("proxy_queries", proxy_queries, "(B, H, N, D)", (None, None, None, None))
+    batch, heads, _, head_dim = proxy_queries.shape
+    check_shape("last_query", last_query, "(B, H, 1, D)", (batch, heads, 1, head_dim))
+    check_dtype("last_query", last_query, proxy_queries.dtype)
+    check_device("last_query", last_query, "proxy_queries", proxy_queries)
+    return proxy_queries.shape
+
+
+def _no_product(keys: torch.Tensor) -> str | None:
+    """Why the kernels cannot multiply these keys, if they cannot."""
+    if keys.dtype not in _PRODUCT_DTYPES:
+        return f"it multiplies {', '.join(map(str, _PRODUCT_DTYPES))}, not {keys.dtype}"
+    if keys.shape[-1] > _LARGEST_HEAD_DIM:
+        return f"a head dim of {keys.shape[-1]} is more than {_LARGEST_HEAD_DIM}"
+    if keys.dtype == torch.bfloat16 and is_interpreted():
+        return "Triton's interpreter cannot multiply bfloat16"
+    return None

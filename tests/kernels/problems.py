@@ -1,0 +1,92 @@
+"""Inputs of the kernel tests, at head counts and head dims of shipped models, and how far results may be off."""
+
+from dataclasses import dataclass
+
+import torch
+
+from shiftkv_kernels import reference
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of `group_mass`."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    proxies: int
+    groups: int
+    head_dim: int
+    tokens: int
+    padding: int = 0  # columns at the start of the last row
+
+    @property
+    def id(self) -> str:
+        padding = f"-pad{self.padding}" if self.padding else ""
+        return (
+            f"b{self.batch}-h{self.heads}of{self.kv_heads}-n{self.proxies}in{self.groups}"
+            f"-d{self.head_dim}-t{self.tokens}{padding}"
+        )
+
+    def tensors(self, device: torch.device, dtype: torch.dtype = torch.float32, spread: float = 2.0):
+        """Proxies, last query and keys; the larger the spread, the fewer tokens have any weight."""
+        generator = torch.Generator().manual_seed(self.tokens * 1000 + self.head_dim)
+        shapes = (
+            (self.batch, self.heads, self.proxies, self.head_dim),
+            (self.batch, self.heads, 1, self.head_dim),
+            (self.batch, self.kv_heads, self.tokens, self.head_dim),
+        )
+        queries, last, keys = (torch.randn(shape, generator=generator) for shape in shapes)
+        return [part.to(device, dtype) for part in (queries * spread, last, keys)]
+
+    def valid(self, device: torch.device) -> torch.Tensor | None:
+        if not self.padding:
+            return None
+        padding = torch.zeros(self.batch, 1, dtype=torch.int64)
+        padding[-1] = self.padding
+        return (torch.arange(self.tokens) >= padding).to(device)
+
+    def keywords(self, device: torch.device) -> dict:
+        return {"num_groups": self.groups, "scaling": self.head_dim**-0.5, "valid": self.valid(device)}
+
+
+def exact_group_mass(queries, last, keys, *, num_groups, scaling, valid):
+    """`group_mass` in float64, of what the inputs are in their own dtype."""
+    heads, count = queries.shape[1:3]
+    kv_heads = keys.shape[1]
+    wide = keys.double().repeat_interleave(heads // kv_heads, dim=1).transpose(-1, -2)
+
+    def attention(rows):
+        logits = rows.double() @ wide * scaling
+        if valid is not None:
+            logits = logits.masked_fill(~valid[:, None, None], -torch.inf)
+        return logits.softmax(-1).unflatten(1, (kv_heads, heads // kv_heads)).mean(2)
+
+    last_mass = attention(last).squeeze(2)
+    grouped = attention(queries).unflatten(2, (num_groups, count // num_groups)).sum(3)
+    mass = (grouped + last_mass.unsqueeze(2)) / (1 + count // num_groups)
+    mass[..., -1] = 0
+    last_mass[..., -1] = 0
+    return mass, last_mass
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Norm of the difference over that of the exact result."""
+    size = exact.norm().item()
+    return (found.double() - exact).norm().item() / size if size else found.double().norm().item()
+
+
+def allowed_errors(queries, last, keys, **keywords) -> list[float]:
+    """Twice the reference's own error, and what the rounding of a logit does to its weight.
+
+    Products of 16-bit inputs are exact in float32, so in every dtype both sides differ from float64 by the rounding of
+    float32 sums alone.  An error of 2 ** -23 in a logit of that size in base 2 is one of as much, times ln 2, in the
+    weight; tensor cores, which cut sums off instead of rounding them, are given four times that.
+    """
+    exact = exact_group_mass(queries, last, keys, **keywords)
+    own = [
+        relative_error(*pair) for pair in zip(reference.group_mass(queries, last, keys, **keywords), exact, strict=True)
+    ]
+    norms = queries.float().norm(dim=-1).max() * keys.float().norm(dim=-1).max()
+    rounding = 4 * 2**-23 * max(norms.item() * keywords["scaling"], 1.0)
+    return [2 * error + rounding for error in own]

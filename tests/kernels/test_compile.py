@@ -1,0 +1,50 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# The shared memory that one program may have.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """By compute capability, what compiling all kernels for it came to."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT / "kernels")
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    script = str(Path(__file__).with_name("compile_kernels.py"))
+    compiling = {
+        capability: subprocess.Popen(
+            [sys.executable, script, str(capability)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for capability in SHARED_MEMORY
+    }
+    found = {}
+    for capability, process in compiling.items():
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors
+        found[capability] = json.loads(output)
+    return found
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_all_kernels_compile_and_fit(reports, capability):
+    assert len(reports[capability]) == 20
+    shared = {name: kernel["shared"] for name, kernel in reports[capability].items()}
+    assert {name: size for name, size in shared.items() if size > SHARED_MEMORY[capability]} == {}
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_sixteen_bit_products_are_made_by_warpgroups_on_hopper(reports, capability):
+    made = {name for name, kernel in reports[capability].items() if kernel["wgmma"]}
+    expected = {name for name in reports[capability] if "16 " in name} if capability == 90 else set()
+    assert made == expected

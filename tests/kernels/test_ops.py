@@ -1,0 +1,113 @@
+"""What the public operations refuse, and where they run."""
+
+import re
+
+import pytest
+import torch
+
+from shiftkv_kernels import device as devices
+from shiftkv_kernels import draw_samples, gather, group_mass, keep_best, rotate_queries, token_statistics, vote
+
+Q, LAST, K = torch.randn(2, 4, 8, 16), torch.randn(2, 4, 1, 16), torch.randn(2, 2, 9, 16)
+MASS, SCORES = torch.rand(2, 2, 3, 9), torch.rand(2, 2, 9)
+VALID = torch.ones(2, 9, dtype=torch.bool)
+COS = torch.randn(2, 1, 16)
+STEPS = torch.randn(4, 16)
+STATISTICS = torch.rand(2, 9)
+SAMPLING = {"count": 4, "features": 6, "gamma": 1.0, "seed": 0, "stream": 0, "dtype": torch.float32}
+INDICES = torch.zeros(2, 2, 3, dtype=torch.int64)
+
+
+def mass_of(queries=Q, last=LAST, keys=K, num_groups=2, scaling=0.25, **more):
+    return group_mass(queries, last, keys, num_groups=num_groups, scaling=scaling, **more)
+
+
+REFUSED = {
+    "proxy_queries has shape (4, 8, 16), must be (B, H, N, D)": lambda: mass_of(Q[0]),
+    "last_query has shape (2, 4, 2, 16), must be (B, H, 1, D) = (2, 4, 1, 16)": lambda: mass_of(last=Q[:, :, :2]),
+    "last_query is torch.float16, must be torch.float32": lambda: mass_of(last=LAST.half()),
+    "keys is torch.float64, must be torch.float32": lambda: mass_of(keys=K.double()),
+    "keys has shape (2, 2, 9, 8), must be (B, H_kv, T, D) = (2, any, any, 16)": lambda: mass_of(keys=K[..., :8]),
+    "keys has shape (1, 2, 9, 16)": lambda: mass_of(keys=K[:1]),
+    "keys has no tokens": lambda: mass_of(keys=K[:, :, :0]),
+    "keys has 3 heads, must have a divisor of the 4 heads of proxy_queries": lambda: mass_of(
+        keys=torch.randn(2, 3, 9, 16)
+    ),
+    "num_groups=3 must be a divisor of the 8 proxies": lambda: mass_of(num_groups=3),
+    "num_groups=0 must be a divisor": lambda: mass_of(num_groups=0),
+    "scaling=-1.0 must be more than 0": lambda: mass_of(scaling=-1.0),
+    "scaling=inf must be more than 0, and finite": lambda: mass_of(scaling=float("inf")),
+    "valid has shape (2, 8), must be (B, T) = (2, 9)": lambda: mass_of(valid=VALID[:, 1:]),
+    "valid is torch.int64, must be torch.bool": lambda: mass_of(valid=VALID.long()),
+    "keys is on meta, must be on cpu like proxy_queries": lambda: mass_of(keys=K.to("meta")),
+    "backend='cuda' must be one of 'auto', 'triton', 'torch'": lambda: mass_of(backend="cuda"),
+    "mass has shape (2, 2, 9), must be (B, H_kv, G, T)": lambda: vote(SCORES, 0.5),
+    "mass is torch.float16, must be torch.float32": lambda: vote(MASS.half(), 0.5),
+    "threshold=0.0 must be more than 0 and at most 1": lambda: vote(MASS, 0.0),
+    "threshold=1.5 must be more than 0 and at most 1": lambda: vote(MASS, 1.5),
+    "scores has shape (2, 2, 3, 9), must be (B, H_kv, T)": lambda: keep_best(MASS, 2),
+    "count=10 must be from 1 to the 9 tokens": lambda: keep_best(SCORES, 10),
+    "count=0 must be from 1 to the 9 tokens": lambda: keep_best(SCORES, 0),
+    "scores is torch.float64": lambda: keep_best(SCORES.double(), 2),
+    "valid has shape (1, 9)": lambda: keep_best(SCORES, 2, VALID[:1]),
+    "values has shape (2, 2, 8, 16), must be (B, H_kv, T, D_v) = (2, 2, 9, any)": lambda: gather(
+        K, K[:, :, 1:], INDICES
+    ),
+    "indices is torch.int32, must be torch.int64": lambda: gather(K, K, INDICES.int()),
+    "indices has shape (2, 1, 3)": lambda: gather(K, K, INDICES[:, :1]),
+    "capacity=2 must be at least the 3 tokens": lambda: gather(K, K, INDICES, capacity=2),
+    "hidden_states has shape (2, 9), must be (B, t, d)": lambda: token_statistics(STATISTICS),
+    "squares has shape (2, 8), must be (B, T) = (2, 9)": lambda: draw_samples(
+        STATISTICS, STATISTICS[:, 1:], **SAMPLING
+    ),
+    "means is torch.float64": lambda: draw_samples(STATISTICS.double(), STATISTICS, **SAMPLING),
+    "seed=-1 must be from 0 to 4294967295": lambda: draw_samples(STATISTICS, STATISTICS, **{**SAMPLING, "seed": -1}),
+    "count=0 must be more than 0": lambda: draw_samples(STATISTICS, STATISTICS, **{**SAMPLING, "count": 0}),
+    "cos has 15 features, must have an even number": lambda: rotate_queries(Q, LAST, COS[..., 1:], COS, STEPS, STEPS),
+    "cos has shape (3, 1, 16), must be (B or 1, 1, rotary dim)": lambda: rotate_queries(
+        Q, LAST, torch.cat([COS, COS[:1]]), COS, STEPS, STEPS
+    ),
+    "sin has shape (1, 1, 16), must be the shape of cos": lambda: rotate_queries(Q, LAST, COS, COS[:1], STEPS, STEPS),
+    "step_sin has shape (3, 16)": lambda: rotate_queries(Q, LAST, COS, COS, STEPS, STEPS[1:]),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_arguments_that_do_not_fit_are_named(message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        REFUSED[message]()
+
+
+def test_on_a_cpu_only_the_reference_runs_unless_kernels_are_interpreted(monkeypatch):
+    monkeypatch.setattr(devices, "is_interpreted", lambda: False)
+    for backend in ("auto", "torch"):
+        assert not devices.takes_triton(backend, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r'backend="triton" cannot be used: the tensors are on cpu'):
+        vote(MASS, 0.5, backend="triton")
+    monkeypatch.setattr(devices, "is_interpreted", lambda: True)
+    assert devices.takes_triton("triton", torch.device("cpu"))
+    assert not devices.takes_triton("auto", torch.device("cpu"))
+
+
+def test_without_triton_the_reference_runs(monkeypatch):
+    monkeypatch.setattr(devices, "triton", None)
+    assert vote(MASS, 0.5).shape == (2, 2, 9)
+    with pytest.raises(ValueError, match="Triton is not installed"):
+        vote(MASS, 0.5, backend="triton")
+
+
+def test_triton_is_not_for_all_tensors(device):
+    wide = torch.randn(1, 1, 2, 512, device=device)
+    with pytest.raises(ValueError, match="a head dim of 512 is more than 256"):
+        mass_of(wide, wide[:, :, :1], wide, backend="triton")
+    double = wide[..., :16].double()
+    with pytest.raises(ValueError, match=r"not torch\.float64"):
+        mass_of(double, double[:, :, :1], double, backend="triton")
+    for part in (wide, double):
+        assert mass_of(part, part[:, :, :1], part)[0].shape == (1, 1, 2, 2)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_triton_runs():
+    assert devices.takes_triton("auto", torch.device("cuda"))
+    assert not devices.takes_triton("torch", torch.device("cuda"))
