@@ -56,7 +56,13 @@ def test_keywords_override_the_family_and_a_config_is_taken_as_it_is(vision_case
         ({"gamma": -1}, ValueError, "gamma=-1 must be a finite number >= 0"),
         ({"gamma": NAN}, ValueError, "gamma=nan"),
         ({"gamma": float("inf")}, ValueError, "gamma=inf"),
-        ({"gamma": "10"}, TypeError, "gamma='10'"),
+        ({"gamma": "10"}, TypeError, "gamma='10' must be a finite number >= 0, or one for each decoder layer"),
+        ({"gamma": []}, ValueError, r"gamma=\[\] must be"),
+        ({"gamma": [1, -2, 3]}, ValueError, r"gamma\[1\]=-2 must be a finite number >= 0"),
+        ({"gamma": (1, 2, NAN)}, ValueError, r"gamma\[2\]=nan"),
+        ({"gamma": [1, "2", 3]}, TypeError, r"gamma\[1\]='2'"),
+        ({"gamma": [1, 2]}, ValueError, "gamma has 2 numbers, but the model has 3 decoder layers"),
+        ({"gamma": [1, 2, 3, 4]}, ValueError, "gamma has 4 numbers, but the model has 3 decoder layers"),
         ({"mass": 0}, ValueError, r"mass=0 must be a number in \(0, 1\]"),
         ({"mass": 1.01}, ValueError, "mass=1.01"),
         ({"mass": NAN}, ValueError, "mass=nan"),
@@ -88,6 +94,16 @@ def test_gamma_may_be_zero_and_mass_one():
     assert config.replace(budget=3) == ShiftKVConfig(budget=3, gamma=0, mass=1)
     with pytest.raises(ValueError, match="mass=2"):
         config.replace(mass=2)
+
+
+def test_one_gamma_per_layer_is_kept_as_a_tuple():
+    config = ShiftKVConfig(budget=8, gamma=[0, 2.5, 10])
+    assert config.gamma == (0, 2.5, 10)
+    assert hash(config) == hash(ShiftKVConfig(budget=8, gamma=(0, 2.5, 10)))
+    assert config.replace(budget=3).gamma == config.gamma
+    assert [config.gamma_of(layer) for layer in range(3)] == [0, 2.5, 10]
+    assert ShiftKVCache(models.text_model(), config).config is config
+    assert ShiftKVConfig(budget=8, gamma=3).gamma_of(7) == 3
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ class Recorder:
     observed: list
     scored: list
 
-    def observe(self, observation, earlier):
+    def observe(self, layer, observation, earlier):
         self.observed.append((observation.hidden_states.shape[1], earlier))
         return (earlier or 0) + observation.hidden_states.shape[1]
 

@@ -42,9 +42,15 @@ def build_inputs(processor: Any, images: Sequence[Image.Image], questions: Seque
     )
 
 
-def answer(model: Any, processor: Any, inputs: Any, cache: Cache, max_new_tokens: int) -> list[str]:
-    """The greedy answer to each prompt of `build_inputs`; `cache` is new and serves this call only."""
+def answer_tokens(model: Any, inputs: Any, cache: Cache, max_new_tokens: int) -> torch.Tensor:
+    """The greedy answers to the prompts of `build_inputs`, (B, n) ids; `cache` is new and serves this call only."""
     inputs = inputs.to(model.device, model.dtype)
     output = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
-    texts: list[str] = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return output[:, inputs["input_ids"].shape[1] :]
+
+
+def answer(model: Any, processor: Any, inputs: Any, cache: Cache, max_new_tokens: int) -> list[str]:
+    """The text of each of the `answer_tokens`."""
+    tokens = answer_tokens(model, inputs, cache, max_new_tokens)
+    texts: list[str] = processor.batch_decode(tokens, skip_special_tokens=True)
     return texts

@@ -1,9 +1,41 @@
 """A KV cache for Hugging Face transformers that compresses itself during prefill."""
 
+from .baselines import (
+    METHODS,
+    ExpectedAttentionCache,
+    KeyDiffCache,
+    RandomCache,
+    SnapKVCache,
+    StreamingLLMCache,
+    make_cache,
+)
 from .cache import PrefillSelectionCache, ShiftKVCache
+from .calibration import Calibration, measure_statistics
 from .config import ShiftKVConfig
+from .heatmap import draw_heatmap
 from .policies import Policy
 from .report import CacheReport
 from .selection import select_tokens
+from .visual_tokens import TokenGrid, VisualTokenMap, visual_token_map
 
-__all__ = ["CacheReport", "Policy", "PrefillSelectionCache", "ShiftKVCache", "ShiftKVConfig", "select_tokens"]
+__all__ = [
+    "METHODS",
+    "CacheReport",
+    "Calibration",
+    "ExpectedAttentionCache",
+    "KeyDiffCache",
+    "Policy",
+    "PrefillSelectionCache",
+    "RandomCache",
+    "ShiftKVCache",
+    "ShiftKVConfig",
+    "SnapKVCache",
+    "StreamingLLMCache",
+    "TokenGrid",
+    "VisualTokenMap",
+    "draw_heatmap",
+    "make_cache",
+    "measure_statistics",
+    "select_tokens",
+    "visual_token_map",
+]

@@ -1,6 +1,7 @@
 """The caches: a DynamicCache that selects from each layer's prompt while it is being prefilled."""
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from shiftkv_kernels import gather, keep_best
 
-from .config import ShiftKVConfig, check_budget, tokens_to_keep
+from .config import BACKENDS, ShiftKVConfig, check_budget, check_choice, check_prefill, tokens_to_keep
 from .decoder import Decoder, text_decoder
 from .layer import SelectedLayer
 from .observation import Observation, Observer
@@ -39,9 +40,10 @@ class PrefillSelectionCache(DynamicCache):
         max_new_tokens: tokens to reserve storage for behind the prompt; None: storage grows.
         prefill: "single", or "chunked" when several forward passes hold the prompt.
         prompt_length: columns of the whole prompt, for "chunked"; None: the first one-token pass ends the prompt.
+        backend: "auto" (Triton kernels on a GPU, plain torch elsewhere), "triton" or "torch".
 
     Raises:
-        TypeError, ValueError: `model` is not supported (the message names what is missing), or a bad budget.
+        TypeError, ValueError: `model` is not supported (the message names what is missing), or a bad budget or prefill.
     """
 
     def __init__(
@@ -53,8 +55,11 @@ class PrefillSelectionCache(DynamicCache):
         max_new_tokens: int | None = None,
         prefill: str = "single",
         prompt_length: int | None = None,
+        backend: str = "auto",
     ) -> None:
         check_budget(budget)
+        check_prefill(max_new_tokens, prefill, prompt_length)
+        check_choice("backend", backend, BACKENDS)
         text_decoder(model)
         super().__init__(config=model.config)
         # Exactly this class: its subclasses drop or share tokens by rules of their own.
@@ -69,6 +74,7 @@ class PrefillSelectionCache(DynamicCache):
         self._budget = budget
         self._prefill = prefill
         self._prompt_length = prompt_length
+        self._backend = backend
         self._observer = Observer(self._decoder)
         self._padding: PromptPadding | None = None
 
@@ -208,13 +214,15 @@ class PrefillSelectionCache(DynamicCache):
         if self._padding is None:
             self._padding = PromptPadding(observation.mask, keys.shape[0], seen, keys.device)
         if self._prefill == "chunked" or layer.record_past:
-            return self._collect(index, layer, observation, keys, values)
-        self._padding.valid(keys.device)
+            valid = self._padding.unchecked(keys.device)
+            recent = None if valid is None else valid[:, -keys.shape[-2] :]
+            return self._collect(index, layer, replace(observation, valid=recent), keys, values)
+        observation = replace(observation, valid=self._padding.valid(keys.device))
         if tokens_to_keep(self._budget, seen) == seen:
             stored = layer.update(keys, values)
             layer.keep_all()
             return stored
-        self._select(index, layer, self._policy.observe(observation, None), keys, values)
+        self._select(index, layer, self._observe(index, observation, None), keys, values)
         return keys, values
 
     def _collect(
@@ -222,16 +230,19 @@ class PrefillSelectionCache(DynamicCache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores a piece of a prompt that may have more to come, or whose last tokens may be taken back."""
         if layer.tail is not None:
-            layer.summary = self._policy.observe(layer.tail, layer.summary)
+            layer.summary = self._observe(index, layer.tail, layer.summary)
         tokens = keys.shape[-2]
         sure = max(tokens - _MOST_CANDIDATES, 0) if layer.record_past else tokens
         if sure:
-            layer.summary = self._policy.observe(observation.tokens(0, sure), layer.summary)
+            layer.summary = self._observe(index, observation.tokens(0, sure), layer.summary)
         layer.tail = observation.tokens(sure, tokens).copied() if sure < tokens else None
         stored = layer.collect(keys, values)
         if layer.cumulative_length == self._prompt_length and not layer.record_past:
             self._end_prompt(index, layer)
         return stored
+
+    def _observe(self, index: int, observation: Observation, earlier: Any) -> Any:
+        return self._policy.observe(self._decoder.attention[index], observation, earlier)
 
     def _take_back(self, tokens: int) -> None:
         """Forgets the last tokens of a prompt that is being collected."""
@@ -261,7 +272,7 @@ class PrefillSelectionCache(DynamicCache):
         if tokens_to_keep(self._budget, layer.cumulative_length) == layer.cumulative_length:
             layer.keep_all()
             return
-        summary = layer.summary if layer.tail is None else self._policy.observe(layer.tail, layer.summary)
+        summary = layer.summary if layer.tail is None else self._observe(index, layer.tail, layer.summary)
         self._select(index, layer, summary, *layer.states)
 
     def _select(self, index: int, layer: SelectedLayer, summary: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -270,8 +281,9 @@ class PrefillSelectionCache(DynamicCache):
         count = tokens_to_keep(self._budget, seen)
         valid = self._padding.valid(keys.device)
         scores = self._policy.score(self._decoder.attention[index], summary, keys, values, valid)
-        kept = keep_best(scores, count, valid)
-        layer.keep_selection(kept, *gather(keys, values, kept, capacity=layer.capacity_for(count)), seen)
+        kept = keep_best(scores, count, valid, backend=self._backend)
+        stored = gather(keys, values, kept, capacity=layer.capacity_for(count), backend=self._backend)
+        layer.keep_selection(kept, *stored, seen)
 
 
 class ShiftKVCache(PrefillSelectionCache):
@@ -307,4 +319,6 @@ class ShiftKVCache(PrefillSelectionCache):
             max_new_tokens=config.max_new_tokens,
             prefill=config.prefill,
             prompt_length=config.prompt_length,
+            backend=config.backend,
         )
+        config.check_layers(len(self._decoder.blocks))

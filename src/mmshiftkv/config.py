@@ -1,7 +1,7 @@
 """Every number of the method in one place, validated."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from numbers import Integral, Real
@@ -24,7 +24,8 @@ class ShiftKVConfig:
     Attributes:
         budget: tokens kept per KV head and layer (int), or the share of the prompt's columns, padding included, that is
             kept, rounded up (float in (0, 1]).
-        gamma: factor on the standard deviation of the proxies, >= 0; 0 makes every proxy the mean.
+        gamma: factor on the standard deviation of the proxies, >= 0; 0 makes every proxy the mean.  One number for all
+            decoder layers, or a sequence with one for each (kept as a tuple), such as `Calibration.gamma()`.
         num_proxies: proxies N, a multiple of `num_groups`.
         num_groups: groups G, each of which votes.
         mass: share of a group's attention mass that its votes must hold, in (0, 1].
@@ -32,6 +33,8 @@ class ShiftKVConfig:
         future_stride: distance in positions between the proxies of a group; None: `num_groups`.
         last_token_layers: so many first layers use the last token's hidden state at the next 16 positions as proxies,
             instead of samples.
+        last_query_share: share of the tokens kept, rounded down, that is set aside for those with the most attention of
+            the last prompt token's query; the others are kept by their score.  In [0, 1); 0 is the published method.
         seed: seed of the samples, from 0 to 2**32 - 1; torch's global random state is neither read nor changed.
         max_new_tokens: tokens to reserve storage for behind the prompt; None: storage grows.
         prefill: "single" when one forward pass holds the whole prompt, "chunked" when several do.
@@ -45,13 +48,14 @@ class ShiftKVConfig:
     """
 
     budget: int | float
-    gamma: float = 10.0
+    gamma: float | Sequence[float] = 10.0
     num_proxies: int = 512
     num_groups: int = 32
     mass: float = 0.95
     stats_window: int | None = None
     future_stride: int | None = None
     last_token_layers: int = 0
+    last_query_share: float = 0.0
     seed: int = 0
     max_new_tokens: int | None = None
     prefill: str = "single"
@@ -60,21 +64,20 @@ class ShiftKVConfig:
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        check_real("gamma", self.gamma, lambda value: 0 <= value < math.inf, "a finite number >= 0")
+        object.__setattr__(self, "gamma", checked_gamma(self.gamma))  # a list would make the config unhashable
         check_mass(self.mass)
         for name in ("num_proxies", "num_groups"):
             check_integer(name, getattr(self, name), minimum=1)
-        for name in ("stats_window", "future_stride", "max_new_tokens", "prompt_length"):
+        for name in ("stats_window", "future_stride"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), minimum=1)
         check_integer("last_token_layers", self.last_token_layers, minimum=0)
+        check_real("last_query_share", self.last_query_share, lambda share: 0 <= share < 1, "a number in [0, 1)")
         check_integer("seed", self.seed, minimum=0, maximum=2**32 - 1)
         if self.num_proxies % self.num_groups:
             raise ValueError(f"num_proxies={self.num_proxies} must be a multiple of num_groups={self.num_groups}")
-        check_choice("prefill", self.prefill, PREFILL_MODES)
         check_choice("backend", self.backend, BACKENDS)
-        if self.prompt_length is not None and self.prefill != "chunked":
-            raise ValueError(f'prompt_length={self.prompt_length} is only for prefill="chunked"')
+        check_prefill(self.max_new_tokens, self.prefill, self.prompt_length)
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, **settings: Any) -> "ShiftKVConfig":
@@ -93,6 +96,22 @@ class ShiftKVConfig:
         family = FAMILY_SETTINGS.get(model.config.model_type, {})
         return cls(**{**family, **settings})
 
+    def check_layers(self, count: int) -> None:
+        """Raises ValueError if there is one gamma per layer, but not for `count` decoder layers."""
+        if isinstance(self.gamma, tuple) and len(self.gamma) != count:
+            raise ValueError(
+                f"gamma has {len(self.gamma)} numbers, but the model has {count} decoder layers: give one number for "
+                "each of them, or one for all"
+            )
+
+    def gamma_of(self, layer: int) -> float:
+        """The gamma of one decoder layer; ValueError if there is none for it."""
+        if not isinstance(self.gamma, Sequence):
+            return self.gamma
+        if layer >= len(self.gamma):
+            raise ValueError(f"gamma has {len(self.gamma)} numbers, none for decoder layer {layer}")
+        return self.gamma[layer]
+
     def replace(self, **settings: Any) -> "ShiftKVConfig":
         """A copy with some fields changed, validated again."""
         return replace(self, **settings)
@@ -107,6 +126,14 @@ def tokens_to_keep(budget: int | float, tokens: int) -> int:
     return min(int(count), tokens)
 
 
+def tokens_set_aside(share: float, count: int) -> int:
+    """How many of `count` kept tokens `last_query_share` sets aside: rounded down, so at least one place is left.
+
+    As in `tokens_to_keep` the share is the decimal number that was written: 0.29 of 100 is 29, not 28.
+    """
+    return math.floor(Fraction(repr(float(share))) * count)
+
+
 def check_budget(budget: Any) -> None:
     """Raises TypeError or ValueError unless `budget` is an int >= 1 or a float in (0, 1]."""
     allowed = "an int >= 1 (tokens per KV head) or a float in (0, 1] (share of the prompt)"
@@ -114,6 +141,16 @@ def check_budget(budget: Any) -> None:
         raise TypeError(f"budget={budget!r} must be {allowed}")
     if not (int(budget) >= 1 if isinstance(budget, Integral) else 0 < float(budget) <= 1):
         raise ValueError(f"budget={budget!r} must be {allowed}")
+
+
+def check_prefill(max_new_tokens: Any, prefill: Any, prompt_length: Any) -> None:
+    """Raises TypeError or ValueError unless these say how a prompt is prefilled and stored."""
+    check_choice("prefill", prefill, PREFILL_MODES)
+    for name, value in (("max_new_tokens", max_new_tokens), ("prompt_length", prompt_length)):
+        if value is not None:
+            check_integer(name, value, minimum=1)
+    if prompt_length is not None and prefill != "chunked":
+        raise ValueError(f'prompt_length={prompt_length} is only for prefill="chunked"')
 
 
 def check_integer(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> None:
@@ -129,6 +166,23 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+
+
+def checked_gamma(gamma: Any) -> Any:
+    """One gamma as it is, several as a tuple.
+
+    Raises:
+        TypeError, ValueError: unless each is a finite number >= 0, and there is at least one.
+    """
+    allowed = "a finite number >= 0"
+    if isinstance(gamma, str | bytes) or not isinstance(gamma, Sequence):
+        check_real("gamma", gamma, lambda value: 0 <= value < math.inf, f"{allowed}, or one for each decoder layer")
+        return gamma
+    if not gamma:
+        raise ValueError(f"gamma={gamma!r} must be {allowed}, or one for each decoder layer")
+    for layer, value in enumerate(gamma):
+        check_real(f"gamma[{layer}]", value, lambda value: 0 <= value < math.inf, allowed)
+    return tuple(gamma)
 
 
 def check_mass(value: Any) -> None:

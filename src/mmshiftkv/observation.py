@@ -25,21 +25,25 @@ class Observation:
         hidden_states: (B, t, d), the input of the attention module, after the block's norm.
         cos, sin: (B or 1, t, rotary dim), the rotary factors of these tokens.
         mask: what the module was given: None, a 2-D (B, kv) or 4-D tensor, or a flex-attention BlockMask.
+        valid: (B, t) bool, False for padding; None where there is none.  The cache reads it off the mask.
     """
 
     hidden_states: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
     mask: Any
+    valid: torch.Tensor | None = None
 
     def tokens(self, start: int, stop: int) -> "Observation":
         """The part of tokens start to stop (no mask)."""
         part = slice(start, stop)
-        return Observation(self.hidden_states[:, part], self.cos[:, part], self.sin[:, part], None)
+        valid = None if self.valid is None else self.valid[:, part]
+        return Observation(self.hidden_states[:, part], self.cos[:, part], self.sin[:, part], None, valid)
 
     def copied(self) -> "Observation":
         """The same in storage of its own, so that what it was cut from can be freed."""
-        return Observation(self.hidden_states.clone(), self.cos.clone(), self.sin.clone(), self.mask)
+        valid = None if self.valid is None else self.valid.clone()
+        return Observation(self.hidden_states.clone(), self.cos.clone(), self.sin.clone(), self.mask, valid)
 
 
 class Observer:

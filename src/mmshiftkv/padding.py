@@ -24,6 +24,10 @@ class PromptPadding:
         if self._valid is not None:
             self._valid = self._valid[:, : self._valid.shape[1] - tokens]
 
+    def unchecked(self, device: torch.device) -> torch.Tensor | None:
+        """As `valid`, without a look at it, so without waiting for the device: all columns may prove to be tokens."""
+        return None if self._valid is None else self._valid.to(device)
+
     def valid(self, device: torch.device) -> torch.Tensor | None:
         """(B, T) bool on `device`, False for padding; None where there is none.
 
@@ -33,7 +37,7 @@ class PromptPadding:
         if self._valid is not None and not self._is_checked:
             self._valid = check_left_padding(self._valid)
         self._is_checked = True
-        return None if self._valid is None else self._valid.to(device)
+        return self.unchecked(device)
 
 
 def valid_columns(mask: Any, batch: int, tokens: int, device: torch.device) -> torch.Tensor | None:

@@ -1,16 +1,16 @@
 """Policies: from what a layer saw of a prompt to a score for each of its tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
-from shiftkv_kernels import group_mass, vote
+from shiftkv_kernels import draw_samples, group_mass, token_statistics, vote
 
 from .attention import AttentionLayer
-from .config import ShiftKVConfig
+from .config import ShiftKVConfig, tokens_set_aside, tokens_to_keep
 from .observation import Observation
-from .proxies import expanded_samples, future_queries, gaussian_noise, prompt_statistics, token_statistics
+from .proxies import future_queries
 
 LAST_TOKEN_PROXIES = 16
 
@@ -22,7 +22,7 @@ class Policy(Protocol):
     the last call returned.  A policy keeps nothing of a prompt in itself, so that one serves all layers and prompts.
     """
 
-    def observe(self, observation: Observation, earlier: Any) -> Any:
+    def observe(self, layer: AttentionLayer, observation: Observation, earlier: Any) -> Any:
         """What `score` will need of these tokens and of the earlier ones (`earlier` is None at first)."""
 
     def score(
@@ -52,19 +52,21 @@ class ShiftKV:
     """MM-ShiftKV (Findings of ACL 2026): votes by the attention of variance-expanded query proxies.
 
     Attributes:
-        config: the settings; `budget` and what concerns storage are not looked at.
+        config: the settings; what concerns storage is not looked at, and `budget` only with `last_query_share`.
     """
 
     config: ShiftKVConfig
 
-    def observe(self, observation: Observation, earlier: PromptSummary | None) -> PromptSummary:
+    def observe(self, layer: AttentionLayer, observation: Observation, earlier: PromptSummary | None) -> PromptSummary:
         """Token statistics of all tokens so far, and a copy of the last token's state."""
-        means, squares = token_statistics(observation.hidden_states)
+        means, squares = token_statistics(observation.hidden_states, backend=self.config.backend)
         if earlier is not None:
             means = torch.cat([earlier.token_means, means], dim=1)
             squares = torch.cat([earlier.token_squares, squares], dim=1)
         tokens = observation.hidden_states.shape[1]
-        return PromptSummary(means, squares, observation.tokens(tokens - 1, tokens).copied())
+        last = observation.tokens(tokens - 1, tokens)
+        # Only the hidden states are this layer's own: a view would keep all of them alive.
+        return PromptSummary(means, squares, replace(last, hidden_states=last.hidden_states.clone()))
 
     def score(
         self,
@@ -74,28 +76,85 @@ class ShiftKV:
         values: torch.Tensor,
         valid: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Votes plus the last query's attention mass (method, step 6)."""
+        """Votes plus the last query's attention mass (method, step 6); more where `last_query_share` keeps a token."""
+        config = self.config
+        mass, last_mass = self.attention_mass(layer, summary, keys, valid)
+        scores = vote(mass, config.mass, backend=config.backend) + last_mass
+        if not config.last_query_share:
+            return scores
+        count = tokens_set_aside(config.last_query_share, tokens_to_keep(config.budget, keys.shape[2]))
+        return raise_highest(scores, last_mass, count, config.num_groups + 1, valid)
+
+    def attention_mass(
+        self, layer: AttentionLayer, summary: PromptSummary, keys: torch.Tensor, valid: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mass of each group and of the last query, as `group_mass` gives them (method, steps 1 to 4)."""
+        proxies, last_query, num_groups = self.queries(layer, summary, valid)
+        return group_mass(
+            proxies,
+            last_query,
+            keys,
+            num_groups=num_groups,
+            scaling=layer.scaling,
+            valid=valid,
+            backend=self.config.backend,
+        )
+
+    def queries(
+        self, layer: AttentionLayer, summary: PromptSummary, valid: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Rotated proxies (B, H, N, D) and last query (B, H, 1, D), and the number of groups (method, steps 1 to 3)."""
         config = self.config
         last = summary.last
-        last_query = layer.rotate(layer.project_queries(last.hidden_states), last.cos, last.sin)
         if layer.index < config.last_token_layers:
             num_groups, stride = 1, 1
             hidden_states = last.hidden_states.expand(-1, LAST_TOKEN_PROXIES, -1)
         else:
             num_groups, stride = config.num_groups, config.future_stride or config.num_groups
             hidden_states = self._samples(layer.index, summary, valid)
-        proxies = future_queries(layer, hidden_states, last.cos, last.sin, num_groups=num_groups, stride=stride)
-        mass, last_mass = group_mass(
-            proxies, last_query, keys, num_groups=num_groups, scaling=layer.scaling, valid=valid
+        proxies, last_query = future_queries(
+            layer, hidden_states, last, num_groups=num_groups, stride=stride, backend=config.backend
         )
-        return vote(mass, config.mass) + last_mass
+        return proxies, last_query, num_groups
 
     def _samples(self, index: int, summary: PromptSummary, valid: torch.Tensor | None) -> torch.Tensor:
         config = self.config
         hidden_states = summary.last.hidden_states
-        features = hidden_states.shape[-1]
-        mean, deviation = prompt_statistics(
-            summary.token_means, summary.token_squares, features, valid=valid, window=config.stats_window
+        return draw_samples(
+            summary.token_means,
+            summary.token_squares,
+            count=config.num_proxies,
+            features=hidden_states.shape[-1],
+            gamma=config.gamma_of(index),
+            seed=config.seed,
+            stream=index,
+            dtype=hidden_states.dtype,
+            valid=valid,
+            window=config.stats_window,
+            backend=config.backend,
         )
-        noise = gaussian_noise(config.num_proxies, features, seed=config.seed, layer=index, device=hidden_states.device)
-        return expanded_samples(mean, deviation, noise, gamma=config.gamma, dtype=hidden_states.dtype)
+
+
+def raise_highest(
+    scores: torch.Tensor, mass: torch.Tensor, count: int, bonus: float, valid: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Adds a bonus to the scores of the tokens with the most mass, so that they are kept by their score like others.
+
+    The last token, which is kept anyway, never gets one, nor does padding: a row with fewer other tokens than `count`
+    gives a bonus to each of them.  Of tokens with equal mass the earlier one comes first.
+
+    Args:
+        scores: (B, H_kv, T) float32.
+        mass: (B, H_kv, T), not negative.
+        count: tokens to raise in each row, less than T.
+        bonus: more than a score can be apart from the mass in it.
+        valid: (B, T) bool, False for padding; None when there is none.
+
+    Returns:
+        The new scores, (B, H_kv, T).
+    """
+    if valid is not None:
+        mass = mass.masked_fill(~valid[:, None, :], -1)
+    highest = mass[..., :-1].sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    raised = torch.zeros_like(scores).scatter(-1, highest, bonus)
+    return scores + (raised if valid is None else raised * valid[:, None, :])

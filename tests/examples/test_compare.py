@@ -13,21 +13,30 @@ from mmshiftkv import ShiftKVCache
 from scoring import summarize
 
 SMALL = ["--count", "2", "--batch-size", "2", "--device", "cpu"]
+ALONE = ["--methods", "shiftkv"]
+
+
+def tables(capsys, *arguments):
+    """The two tables that the script prints, one list of cells for each line after the headline."""
+    compare.main([*SMALL, *arguments])
+    scores, recalls = capsys.readouterr().out.split("decode attention recall, percent\n")
+    assert scores.startswith("exact match / ANLS, percent\n")
+    return [
+        [re.split(r"  +", line.strip()) for line in lines if line]
+        for lines in (scores.splitlines()[1:], recalls.splitlines())
+    ]
 
 
 def run(capsys, *arguments):
-    """The table that the script prints, one list of cells for each line after the headline."""
-    compare.main([*SMALL, *arguments])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "exact match / ANLS, percent"
-    return [re.split(r"  +", line.strip()) for line in lines[1:]]
+    """The first table, of ShiftKV alone."""
+    return tables(capsys, *ALONE, *arguments)[0]
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """What one run of the script writes: the parsed JSON file, and the path of the plot."""
     folder = tmp_path_factory.mktemp("compare")
-    options = ["--tasks", "lookup", "line", "--budgets", "400", "8", "--seed", "7"]
+    options = [*ALONE, "--tasks", "lookup", "line", "--budgets", "400", "8", "--seed", "7"]
     options += ["--json", str(folder / "scores.json"), "--plot", str(folder / "plot.png")]
     compare.main([*SMALL, *options])
     return json.loads((folder / "scores.json").read_text(encoding="utf-8")), folder / "plot.png"
@@ -35,8 +44,8 @@ def written(tmp_path_factory):
 
 def test_the_table_has_a_row_for_each_cache_and_a_column_for_each_task(capsys):
     header, full, large, small = run(capsys, "--tasks", "multi", "lookup", "--budgets", "500", "8")
-    assert header == ["cache", "budget", "multi (n=2)", "lookup (n=2)", "mean"]
-    assert full == ["full", "-", *["100.0 / 100.0"] * 3]
+    assert header == ["cache", "budget", "multi (n=2)", "lookup (n=2)", "mean", "recall"]
+    assert full == ["full", "-", *["100.0 / 100.0"] * 3, "100.0"]
     # None of these prompts has 500 tokens: everything is kept, and nothing changes.
     assert large == ["shiftkv", "500", *full[2:]]
     assert small[:2] == ["shiftkv", "8"]
@@ -68,10 +77,14 @@ def test_json_holds_settings_versions_and_scores(written):
     ]
     for row in scores["results"]:
         assert list(row["tasks"]) == ["lookup", "line"]
-        for measure in ("exact_match", "anls"):
+        assert row["method_settings"] == {}
+        for measure in ("exact_match", "anls", "decode_attention_recall"):
             by_task = [task[measure] for task in row["tasks"].values()]
             assert row["mean"][measure] == pytest.approx(sum(one["mean"] for one in by_task) / 2)
-            assert all(0 <= one["low"] <= one["mean"] <= one["high"] <= 1 for one in by_task)
+            assert all(0 <= one["low"] <= one["mean"] <= one["high"] <= 1 + 1e-6 for one in by_task)
+        for task in row["tasks"].values():
+            layers = task["decode_attention_recall"]["layers"]
+            assert sum(layers) / 6 == pytest.approx(task["decode_attention_recall"]["mean"])
         assert all(task["count"] == 2 for task in row["tasks"].values())
 
 
@@ -95,7 +108,7 @@ def test_every_task_is_asked_the_same_whatever_else_is(capsys):
 
 def test_repeated_budgets_and_tasks_are_measured_once(capsys):
     header, *rows = run(capsys, "--tasks", "lookup", "lookup", "--budgets", "9", "9", "--builtin-font-only")
-    assert header == ["cache", "budget", "lookup (n=2)", "mean"]
+    assert header == ["cache", "budget", "lookup (n=2)", "mean", "recall"]
     assert [row[:2] for row in rows] == [["full", "-"], ["shiftkv", "9"]]
 
 
@@ -108,23 +121,49 @@ def test_a_setup_makes_a_new_cache_for_each_call(tiny):
     assert first is not second
 
 
-def test_more_methods_are_more_panels(tmp_path):
+def test_all_methods_are_measured_budget_by_budget(capsys):
+    scores, recalls = tables(capsys, "--tasks", "lookup", "--budgets", "60", "10")
+    methods = ["random", "streaming_llm", "expected_attention", "snapkv", "keydiff", "shiftkv"]
+    names = [["full", "-"], *([method, budget] for budget in ("60", "10") for method in methods)]
+    assert [row[:2] for row in scores[1:]] == [row[:2] for row in recalls[1:]] == names
+    assert recalls[0] == ["cache", "budget", "lookup", *(f"layer {layer}" for layer in range(6))]
+    assert recalls[1][2:] == ["100.0"] * 7
+    assert [row[-1] for row in scores[1:]] == [row[2] for row in recalls[1:]]
+    by_method = {(method, budget): float(recall) for method, budget, recall, *_ in recalls[1:]}
+    assert all(0 < by_method[method, "10"] < by_method[method, "60"] < 100 for method in methods)
+    assert by_method["shiftkv", "60"] > by_method["random", "60"] + 10
+
+
+def test_snapkv_has_at_most_a_quarter_of_the_budget_for_its_window():
+    windows = {budget: compare.Setup("snapkv", budget).settings.get("window", 32) for budget in (256, 128, 64, 10, 1)}
+    assert windows == {256: 32, 128: 32, 64: 16, 10: 2, 1: 1}
+    assert compare.Setup("shiftkv", 10).settings == {}
+
+
+def test_more_tasks_are_more_panels(tmp_path):
     perfect, wrong = summarize([("a", "a")]), summarize([("a", "b")])
-    results = [compare.Result(compare.Setup(), {"lookup": perfect})]
-    results += [
-        compare.Result(compare.Setup(method, budget), {"lookup": wrong})
-        for method in ("one", "two", "three")
-        for budget in (16, 8)
-    ]
-    compare.draw_plot(results[:3], tmp_path / "single.png")
-    compare.draw_plot(results, tmp_path / "triple.png")
-    with Image.open(tmp_path / "single.png") as single, Image.open(tmp_path / "triple.png") as triple:
-        assert triple.height == single.height
-        assert triple.width > 2 * single.width
-    assert [line.split()[:2] for line in compare.table(results).splitlines()[2:]] == [
-        ["full", "-"],
-        *([method, budget] for method in ("one", "two", "three") for budget in ("16", "8")),
-    ]
+
+    def drawn(*tasks):
+        results = [compare.Result(compare.Setup(), dict.fromkeys(tasks, perfect))]
+        results += [
+            compare.Result(compare.Setup(method, budget), dict.fromkeys(tasks, wrong))
+            for budget in (16, 8)
+            for method in ("one", "two", "three")
+        ]
+        compare.draw_plot(results, tmp_path / "plot.png")
+        text = compare.table(results)
+        assert [line.split()[:2] for line in text.splitlines()[2:] if line] == [
+            ["full", "-"],
+            *([method, budget] for budget in ("16", "8") for method in ("one", "two", "three")),
+        ]
+        assert compare.recall_table(results) == ""
+        with Image.open(tmp_path / "plot.png") as image:
+            return image.size
+
+    single, double, five = drawn("lookup"), drawn("lookup", "line"), drawn("a", "b", "c", "d", "e")
+    assert double[1] == single[1]
+    assert double[0] > 1.5 * single[0]
+    assert five[1] > 1.5 * double[1]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +171,7 @@ def test_more_methods_are_more_panels(tmp_path):
     [
         (["--tasks", "poem"], "'poem' (choose from"),
         (["--methods", "none"], "'none' (choose from"),
+        (["--methods", "full"], "'full' (choose from"),
         (["--count", "0"], "--count: needs a whole number, at least 1, got '0'"),
         (["--budgets", "64", "0"], "--budgets: needs a whole number, at least 1, got '0'"),
         (["--budgets", "many"], "--budgets: needs a whole number, at least 1, got 'many'"),
@@ -146,6 +186,11 @@ def test_bad_arguments_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
         compare.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_a_budget_that_a_method_cannot_keep_is_refused_before_anything_is_measured():
+    with pytest.raises(SystemExit, match=r"streaming_llm: budget=4 must be at least 5: StreamingLLM\(sinks=4\)"):
+        compare.main([*SMALL, "--methods", "keydiff", "streaming_llm", "--budgets", "64", "4"])
 
 
 @pytest.mark.parametrize(

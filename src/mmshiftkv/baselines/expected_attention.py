@@ -1,0 +1,150 @@
+"""Expected Attention as a policy."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..attention import AttentionLayer
+from ..config import check_integer, check_real
+from ..observation import Observation
+from .columns import first_tokens
+
+_TOKENS_AT_ONCE = 2048  # bounds the float32 copy of the queries
+
+
+@dataclass(frozen=True)
+class QueryStatistics:
+    """Of the queries seen so far, before rotation: what the statistics of more of them can be made of.
+
+    Attributes:
+        seen: (B, 1) int64, tokens without padding.
+        count: (B, 1, 1, 1) float32, tokens that the statistics are of: those behind the sinks.
+        mean: (B, H, 1, D) float32.
+        scatter: (B, H, D, D) float32, summed outer products of the deviations from the mean.
+        cos, sin: (B or 1, 1, rotary dim), of the last token.
+    """
+
+    seen: torch.Tensor
+    count: torch.Tensor
+    mean: torch.Tensor
+    scatter: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ExpectedAttention:
+    """Expected Attention (Devoto et al., 2025, https://arxiv.org/abs/2510.00636): the attention of likely queries.
+
+    Future queries are taken for Gaussian, with mean and covariance of the prompt's queries before rotation, rotated to
+    the mean of the next positions.  A token's expected attention, exp(mean . k + k . covariance . k / 2) normalized
+    over the tokens and averaged over the query heads of a KV head, is weighted with the length of its value.
+
+    As in kvpress the sinks are kept, and neither they nor their queries are looked at otherwise, and the length is that
+    of the value (paper: after the output projection).  Unlike there all is done with logarithms: expected attention
+    that would underflow to equal zeros still has an order.
+
+    Attributes:
+        future_positions: positions that the rotation is averaged over (kvpress: 512).
+        sinks: first tokens that are kept (kvpress: 4).
+        epsilon: added to the expected attention before it is weighted (kvpress: 0).
+
+    Raises:
+        TypeError, ValueError: a setting out of range.
+    """
+
+    future_positions: int = 512
+    sinks: int = 4
+    epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_integer("future_positions", self.future_positions, minimum=1)
+        check_integer("sinks", self.sinks, minimum=0)
+        check_real("epsilon", self.epsilon, lambda value: 0 <= value < math.inf, "a finite number >= 0")
+
+    @property
+    def protected(self) -> int:
+        """How many tokens are always kept: the sinks and the last."""
+        return self.sinks + 1
+
+    def observe(
+        self, layer: AttentionLayer, observation: Observation, earlier: QueryStatistics | None
+    ) -> QueryStatistics:
+        """Statistics of the queries so far."""
+        tokens = observation.hidden_states.shape[1]
+        summary = earlier
+        for start in range(0, tokens, _TOKENS_AT_ONCE):
+            summary = self._added(layer, observation.tokens(start, start + _TOKENS_AT_ONCE), summary)
+        assert summary is not None
+        return summary
+
+    def _added(
+        self, layer: AttentionLayer, observation: Observation, earlier: QueryStatistics | None
+    ) -> QueryStatistics:
+        queries = layer.project_queries(observation.hidden_states).float()
+        valid = observation.valid
+        if valid is None:
+            valid = torch.ones(queries.shape[0], queries.shape[2], dtype=torch.bool, device=queries.device)
+        before = 0 if earlier is None else earlier.seen
+        # Padding comes first, so nothing of it lies behind the sinks.
+        counted = (before + valid.cumsum(dim=1) > self.sinks)[:, None, :, None].float()
+        count = counted.sum(dim=2, keepdim=True)
+        mean = (queries * counted).sum(dim=2, keepdim=True) / count.clamp_min(1)
+        deviations = (queries - mean) * counted
+        scatter = deviations.transpose(-1, -2) @ deviations
+        if earlier is not None:
+            total = count + earlier.count
+            step = mean - earlier.mean
+            share = count / total.clamp_min(1)
+            scatter = earlier.scatter + scatter + step.transpose(-1, -2) @ step * (earlier.count * share)
+            mean, count = earlier.mean + step * share, total
+        seen = before + valid.sum(dim=1, keepdim=True)
+        return QueryStatistics(
+            seen, count, mean, scatter, observation.cos[:, -1:].clone(), observation.sin[:, -1:].clone()
+        )
+
+    def score(
+        self,
+        layer: AttentionLayer,
+        summary: QueryStatistics,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        valid: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The logarithm of the weighted attention above the lowest one, and the sinks above all."""
+        sinks = first_tokens(keys, valid, self.sinks)[:, None]
+        ignored = sinks if valid is None else sinks | ~valid[:, None]
+        attention = self._log_attention(layer, summary, keys.float(), ignored)
+        if self.epsilon:
+            attention = torch.logaddexp(attention, torch.full_like(attention, math.log(self.epsilon)))
+        scores = attention + torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32).log()
+        finite = scores.isfinite() & ~ignored
+        lowest = scores.masked_fill(~finite, torch.inf).amin(dim=-1, keepdim=True)
+        scores = torch.where(finite, scores - lowest, 0)
+        return torch.where(sinks, 2 * scores.amax(dim=-1, keepdim=True) + 1, scores)
+
+    def _log_attention(
+        self, layer: AttentionLayer, summary: QueryStatistics, keys: torch.Tensor, ignored: torch.Tensor
+    ) -> torch.Tensor:
+        """Logarithm of the expected attention, (B, H_kv, T), one query head of each KV head at a time."""
+        later = layer.advance(summary.cos.float(), summary.sin.float(), count=self.future_positions, stride=1)
+        mean_cos, mean_sin = (part.mean(dim=1, keepdim=True) for part in later)
+
+        # A rotation is linear in cos and sin, so theirs is the mean rotation.
+        def rotated(states: torch.Tensor) -> torch.Tensor:
+            cos, sin = (part.expand(-1, states.shape[2], -1) for part in (mean_cos, mean_sin))
+            return layer.rotate(states, cos, sin)
+
+        mean = rotated(summary.mean) * layer.scaling
+        covariance = summary.scatter / summary.count.clamp_min(1) * layer.scaling**2
+        covariance = rotated(rotated(covariance).transpose(-1, -2))  # symmetric, so from both sides
+        heads_each = mean.shape[1] // keys.shape[1]
+        total: torch.Tensor | None = None
+        for head in range(heads_each):
+            head_mean, head_covariance = mean[:, head::heads_each], covariance[:, head::heads_each]
+            logits = (keys * (head_mean + keys @ head_covariance / 2)).sum(dim=-1)
+            logs = logits.masked_fill(ignored, -torch.inf).log_softmax(dim=-1)
+            total = logs if total is None else torch.logaddexp(total, logs)
+        assert total is not None
+        return total - math.log(heads_each)

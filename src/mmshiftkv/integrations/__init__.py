@@ -1,0 +1,1 @@
+"""Plugins for other programs; each module needs the program that it is for."""
