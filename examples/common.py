@@ -35,6 +35,14 @@ def existing_file(text: str) -> str:
     return text
 
 
+def output_file(text: str) -> Path:
+    """An argparse type: the path of a file to write, in a folder that exists."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no such folder: {str(path.parent)!r}")
+    return path
+
+
 def family_arguments(default_model: str) -> argparse.ArgumentParser:
     """What a script for one model family takes besides images, to be used as a parent parser."""
     parser = argparse.ArgumentParser(add_help=False)

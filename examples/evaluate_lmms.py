@@ -1,0 +1,164 @@
+"""Evaluate Qwen2.5-VL-7B or LLaVA-1.6 on the six tasks of the MM-ShiftKV paper, at several budgets, with lmms-eval.
+
+    python evaluate_lmms.py qwen2_5_vl
+    python evaluate_lmms.py llava --methods full shiftkv snapkv --budgets 64 128 --processes 8 --output llava
+    python evaluate_lmms.py qwen2_5_vl --limit 50 --dry-run
+
+Needs `pip install "mmshiftkv[eval]"`. Each method and budget is one run of `python -m lmms_eval`, with several
+processes one of `accelerate launch`, a GPU for each process; the command is printed first. lmms-eval writes results and
+all answers below the output folder; a table of all runs, in percent, comes last. lmms-eval downloads the data with a
+Hugging Face token (`hf auth login`), and computes TextCaps' CIDEr with Java.
+"""
+
+import argparse
+import importlib.util
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import budget, positive_integer
+from mmshiftkv import METHODS
+
+# lmms-eval's name of the model, and the default checkpoint
+FAMILIES = {
+    "qwen2_5_vl": ("qwen2_5_vl_shiftkv", "Qwen/Qwen2.5-VL-7B-Instruct"),
+    "llava": ("llava_hf_shiftkv", "llava-hf/llava-v1.6-vicuna-7b-hf"),
+}
+# Of each task, the metric that goes into the table; other tasks show their first one.
+TASKS = {
+    "docvqa_val": "anls",
+    "ocrbench": "ocrbench_accuracy",
+    "textvqa_val": "exact_match",
+    "chartqa": "relaxed_overall",
+    "textcaps_val": "textcaps_CIDEr",
+    "mmmu_val": "mmmu_acc",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method at one budget; the full cache has none."""
+
+    method: str
+    budget: int | float | None = None
+
+    @property
+    def name(self) -> str:
+        """A name for the run's folder."""
+        return self.method if self.budget is None else f"{self.method}-{self.budget}"
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The checked arguments; exits with a message when they are wrong or lmms-eval is missing."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("family", choices=FAMILIES)
+    add("--model", help="hub id or local folder; by default the 7B checkpoint of the paper")
+    add("--methods", nargs="+", choices=METHODS, default=["full", "shiftkv"], help="ways to compress the cache")
+    add("--budgets", nargs="+", type=budget, default=[64, 128, 256, 512], help="prompt tokens kept, or the share")
+    add("--tasks", nargs="+", default=list(TASKS), help="names that lmms-eval knows")
+    add("--include-path", type=Path, help="folder with more tasks")
+    add("--limit", type=positive_integer, help="documents a task, to try it out; by default all")
+    add("--batch-size", type=positive_integer, default=1, help="lmms-eval's LLaVA takes 1 only")
+    add("--processes", type=positive_integer, default=1, help="GPUs, each with a copy of the model")
+    add("--model-args", default="", help="more of lmms-eval's model_args: attn_implementation=sdpa,gamma=8")
+    add("--output", type=Path, default=Path("evaluation"), help="folder for the results")
+    add("--dry-run", action="store_true", help="print the commands only")
+    arguments = parser.parse_args(argv)
+    if arguments.batch_size > 1 and arguments.family == "llava":
+        parser.error(f"--batch-size {arguments.batch_size}: lmms-eval's LLaVA takes 1 only")
+    if not arguments.dry_run:
+        for package in ("lmms_eval", "decord"):
+            if importlib.util.find_spec(package) is None:
+                parser.error(f'{package} is not installed: pip install "mmshiftkv[eval]"')
+    return arguments
+
+
+def runs(arguments: argparse.Namespace) -> list[Run]:
+    """Each method at each budget, and the full cache once."""
+    budgets = list(dict.fromkeys(arguments.budgets))
+    found = []
+    for method in dict.fromkeys(arguments.methods):
+        found += [Run(method)] if method == "full" else [Run(method, number) for number in budgets]
+    return found
+
+
+def command(run: Run, arguments: argparse.Namespace) -> list[str]:
+    """What evaluates one run."""
+    name, checkpoint = FAMILIES[arguments.family]
+    model_args = [f"pretrained={arguments.model or checkpoint}", f"method={run.method}"]
+    model_args += [] if run.budget is None else [f"budget={run.budget}"]
+    model_args += [arguments.model_args] if arguments.model_args else []
+    several = ["-m", "accelerate.commands.launch", f"--num_processes={arguments.processes}"]
+    words = [sys.executable, *(several if arguments.processes > 1 else []), "-m", "lmms_eval"]
+    words += ["--model", name, "--model_args", ",".join(model_args), "--tasks", ",".join(arguments.tasks)]
+    words += ["--batch_size", str(arguments.batch_size), "--log_samples", "--output_path", str(folder(run, arguments))]
+    words += ["--include_path", str(arguments.include_path)] if arguments.include_path else []
+    words += ["--limit", str(arguments.limit)] if arguments.limit else []
+    return words
+
+
+def folder(run: Run, arguments: argparse.Namespace) -> Path:
+    """Where a run's results go."""
+    path: Path = arguments.output / run.name
+    return path
+
+
+def evaluate(run: Run, arguments: argparse.Namespace) -> dict[str, float]:
+    """Runs lmms-eval and reads what it wrote: the score of each task.
+
+    Raises:
+        RuntimeError: there is no new result.  lmms-eval ends with status 0 whatever happens.
+    """
+    results = folder(run, arguments)
+    before = set(results.rglob("*_results.json"))
+    status = subprocess.run(command(run, arguments), check=False).returncode
+    new = sorted(set(results.rglob("*_results.json")) - before)
+    if status or not new:
+        raise RuntimeError(f"{run.name}: lmms-eval wrote no results (status {status}); its messages are above")
+    written = json.loads(new[-1].read_text(encoding="utf-8"))["results"]
+    return {task: score(task, written.get(task, {})) for task in arguments.tasks}
+
+
+def score(task: str, metrics: dict[str, Any]) -> float:
+    """The task's metric among those of lmms-eval, whose keys are "metric,filter"."""
+    for key, value in metrics.items():
+        metric, _, rest = key.partition(",")
+        if rest and "_stderr" not in metric and metric == TASKS.get(task, metric) and isinstance(value, int | float):
+            return float(value)
+    raise RuntimeError(
+        f"{task}: no number for {TASKS.get(task, 'any metric')} among its results: {', '.join(metrics) or 'none'}"
+    )
+
+
+def table(scores: dict[Run, dict[str, float]], tasks: Sequence[str]) -> str:
+    """A Markdown table with a line for each run, in percent."""
+    lines = [f"| method | budget | {' | '.join(tasks)} | mean |", "| --- " * (len(tasks) + 3) + "|"]
+    for run, values in scores.items():
+        cells = [*(values[task] for task in tasks), sum(values.values()) / len(values)]
+        numbers = " | ".join(f"{100 * cell:.1f}" for cell in cells)
+        lines.append(f"| {run.method} | {run.budget or '-'} | {numbers} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; without `argv`, that of the program."""
+    arguments = parse_arguments(argv)
+    scores: dict[Run, dict[str, float]] = {}
+    for run in runs(arguments):
+        print(shlex.join(command(run, arguments)), flush=True)
+        if not arguments.dry_run:
+            scores[run] = evaluate(run, arguments)
+    if scores:
+        print(table(scores, arguments.tasks))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Time to first token and peak memory of a prefill, with DynamicCache and with ShiftKVCache, on random weights."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import Cache, DynamicCache
+
+from mmshiftkv import ShiftKVCache
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One cache at one prompt length: times in seconds, memory in bytes beyond what the model holds."""
+
+    cache: str
+    batch: int
+    tokens: int
+    seconds: float
+    fastest: float
+    slowest: float
+    peak: int
+    held: int
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device's queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def run_once(model: Any, ids: torch.Tensor, make_cache: Callable[[], Cache]) -> tuple[float, int, int]:
+    """Seconds of one prefill to its last token's logits, cache included; peak and remaining bytes (0 on a CPU)."""
+    on_gpu = ids.device.type == "cuda"
+    before = 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(ids.device)
+        before = torch.cuda.memory_allocated(ids.device)
+    synchronize(ids.device)
+    start = time.perf_counter()
+    cache = make_cache()
+    with torch.no_grad():
+        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits.argmax(-1).cpu()
+    seconds = time.perf_counter() - start
+    if not on_gpu:
+        return seconds, 0, 0
+    del logits
+    return (
+        seconds,
+        torch.cuda.max_memory_allocated(ids.device) - before,
+        torch.cuda.memory_allocated(ids.device) - before,
+    )
+
+
+def measure(model: Any, *, lengths: list[int], batches: list[int], budget: int, repeats: int) -> list[Prefill]:
+    """Prefills of random tokens; the caches take turns, so that a drift of the machine falls on both."""
+    device = model.device
+    makers: dict[str, Callable[[], Cache]] = {
+        "DynamicCache": lambda: DynamicCache(config=model.config),
+        f"ShiftKVCache {budget}": lambda: ShiftKVCache(model, budget=budget),
+    }
+    cases = [(batch, tokens) for batch in batches for tokens in lengths]
+    results = []
+    with tqdm(total=len(cases) * (repeats + 2) * len(makers), unit="prefill") as progress:
+        for batch, tokens in cases:
+            generator = torch.Generator().manual_seed(tokens)
+            vocabulary = model.config.get_text_config().vocab_size
+            ids = torch.randint(3, vocabulary, (batch, tokens), generator=generator).to(device)
+            runs: dict[str, list[tuple[float, int, int]]] = {name: [] for name in makers}
+            for _ in range(repeats + 2):
+                for name, make_cache in makers.items():
+                    progress.set_description(f"{batch} x {tokens}, {name}")
+                    runs[name].append(run_once(model, ids, make_cache))
+                    progress.update()
+            results += [_summary(name, batch, tokens, found[2:]) for name, found in runs.items()]
+    return results
+
+
+def _summary(name: str, batch: int, tokens: int, runs: list[tuple[float, int, int]]) -> Prefill:
+    seconds = [run[0] for run in runs]
+    return Prefill(
+        name,
+        batch,
+        tokens,
+        statistics.median(seconds),
+        min(seconds),
+        max(seconds),
+        max(run[1] for run in runs),
+        max(run[2] for run in runs),
+    )
+
+
+def table(results: list[Prefill]) -> str:
+    """One line a cache and length: median milliseconds, ratio to DynamicCache, peak and remaining MiB."""
+    full = {(one.batch, one.tokens): one for one in results if one.cache == "DynamicCache"}
+    lines = [f"{'batch':>5} {'tokens':>7}  {'cache':<17} {'ms':>8} {'ratio':>6} {'peak MiB':>9} {'held MiB':>9}"]
+    for one in results:
+        ratio = one.seconds / full[one.batch, one.tokens].seconds
+        lines.append(
+            f"{one.batch:>5} {one.tokens:>7}  {one.cache:<17} {1e3 * one.seconds:>8.1f} {ratio:>6.3f} "
+            f"{one.peak / 2**20:>9.1f} {one.held / 2**20:>9.1f}"
+        )
+    return "\n".join(lines)

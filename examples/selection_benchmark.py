@@ -1,0 +1,294 @@
+"""What one layer's selection costs, step by step, at the shapes of Qwen2.5-VL-7B with random weights.
+
+Beside it the same selection with the whole attention of the proxies in memory, as it was published, and the least time
+that the operations and bytes need at the rates measured here.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from shiftkv_kernels import draw_samples, gather, group_mass, keep_best, rotate_queries, token_statistics, vote
+
+MASS = 0.95
+GAMMA = 10.0
+COLD_BYTES = 256 * 2**20  # several times the L2 cache, so that every layer finds its data in memory
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of a decoder layer and of its selection."""
+
+    hidden: int = 3584
+    heads: int = 28
+    kv_heads: int = 4
+    head_dim: int = 128
+    proxies: int = 512
+    groups: int = 32
+    budget: int = 64
+
+
+TINY = Shapes(hidden=32, heads=4, kv_heads=2, head_dim=16, proxies=16, groups=4, budget=8)
+
+
+class Layer:
+    """One layer's tensors after its prompt was attended to, and the steps of its selection, in order."""
+
+    def __init__(
+        self, shapes: Shapes, batch: int, tokens: int, device: torch.device, dtype: torch.dtype, backend: str
+    ) -> None:
+        self.shapes = shapes
+        self.backend = backend
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        query_features = shapes.heads * shapes.head_dim
+        self.states = torch.randn(batch, tokens, shapes.hidden, **like)
+        self.weight = torch.randn(query_features, shapes.hidden, **like) / math.sqrt(shapes.hidden)
+        self.bias = torch.randn(query_features, **like)
+        self.keys = torch.randn(batch, shapes.kv_heads, tokens, shapes.head_dim, **like)
+        self.values = torch.randn_like(self.keys)
+        frequencies = 1e6 ** -(
+            torch.arange(shapes.head_dim, device=device) % (shapes.head_dim // 2) * 2 / shapes.head_dim
+        )
+        members = torch.arange(1, shapes.proxies // shapes.groups + 1, device=device)
+        here = (frequencies * tokens)[None, None]
+        steps = frequencies * (members * shapes.groups)[:, None]
+        self.cos, self.sin = here.cos().to(dtype), here.sin().to(dtype)
+        self.step_cos, self.step_sin = steps.cos(), steps.sin()
+        self._inputs = {*vars(self), "_inputs"}
+
+    @property
+    def bytes(self) -> int:
+        """What a selection reads: states, projection and keys."""
+        return sum(part.numel() * part.element_size() for part in (self.states, self.weight, self.keys))
+
+    def forget(self) -> None:
+        """Frees what the steps have made."""
+        for name in set(vars(self)) - self._inputs:
+            delattr(self, name)
+
+    def statistics(self) -> None:
+        """Mean and spread of each token's features."""
+        self.token_means, self.token_squares = token_statistics(self.states, backend=self.backend)
+
+    def samples(self) -> None:
+        """Variance-expanded samples."""
+        self.drawn = draw_samples(
+            self.token_means,
+            self.token_squares,
+            count=self.shapes.proxies,
+            features=self.shapes.hidden,
+            gamma=GAMMA,
+            seed=0,
+            stream=0,
+            dtype=self.states.dtype,
+            backend=self.backend,
+        )
+
+    def projection(self) -> None:
+        """Query projection of the samples and of the last token."""
+        self.projected = F.linear(self.drawn, self.weight, self.bias)
+        self.projected_last = F.linear(self.states[:, -1:], self.weight, self.bias)
+
+    def rotation(self) -> None:
+        """Rotation of both to their positions."""
+        queries, last = (
+            part.unflatten(-1, (self.shapes.heads, -1)).transpose(1, 2)
+            for part in (self.projected, self.projected_last)
+        )
+        factors = self.cos, self.sin, self.step_cos, self.step_sin
+        self.proxies, self.last = rotate_queries(queries, last, *factors, backend=self.backend)
+
+    def masses(self) -> None:
+        """Attention mass of each group on each token."""
+        self.mass, self.last_mass = group_mass(
+            self.proxies,
+            self.last,
+            self.keys,
+            num_groups=self.shapes.groups,
+            scaling=self.shapes.head_dim**-0.5,
+            backend=self.backend,
+        )
+
+    def votes(self) -> None:
+        """Scores: votes and the last query's mass."""
+        self.scores = vote(self.mass, MASS, backend=self.backend) + self.last_mass
+
+    def kept(self) -> None:
+        """Indices of the kept tokens."""
+        self.indices = keep_best(self.scores, self.shapes.budget, backend=self.backend)
+
+    def storage(self) -> None:
+        """Kept keys and values in storage of their own."""
+        self.stored = gather(self.keys, self.values, self.indices, backend=self.backend)
+
+    def select(self) -> None:
+        """All steps."""
+        for step in STEPS:
+            getattr(self, step)()
+
+    def select_materialized(self) -> None:
+        """Steps 4 to 6 with the attention of all proxies, of every head, in memory at once."""
+        shapes = self.shapes
+        keys = self.keys.repeat_interleave(shapes.heads // shapes.kv_heads, dim=1)
+        logits = torch.cat([self.proxies, self.last], dim=2) @ keys.transpose(-1, -2) * shapes.head_dim**-0.5
+        weights = logits.softmax(-1, dtype=torch.float32).to(logits.dtype)
+        weights = weights.unflatten(1, (shapes.kv_heads, -1)).mean(2)[..., :-1].float()
+        last_mass = weights[:, :, -1]
+        grouped = weights[:, :, :-1].unflatten(2, (shapes.groups, -1)).sum(3)
+        size = shapes.proxies // shapes.groups
+        mass, order = ((grouped + last_mass.unsqueeze(2)) / (1 + size)).sort(dim=-1, descending=True)
+        reached = mass.cumsum(-1)
+        needed = reached - mass < MASS * reached[..., -1:]
+        votes = torch.zeros_like(mass).scatter_(-1, order, needed.float()).sum(2)
+        best = (votes + last_mass).topk(shapes.budget - 1).indices.sort(-1).values
+        self.indices = F.pad(best, (0, 1), value=self.keys.shape[2] - 1)
+        self.storage()
+
+    def topk(self) -> None:
+        """`keep_best` by `torch.topk`, which promises nothing about ties."""
+        best = self.scores[..., :-1].topk(self.shapes.budget - 1).indices.sort(-1).values
+        self.top = F.pad(best, (0, 1), value=self.keys.shape[2] - 1)
+
+
+STEPS = ("statistics", "samples", "projection", "rotation", "masses", "votes", "kept", "storage")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One batch size and prompt length; milliseconds per layer, MiB."""
+
+    batch: int
+    tokens: int
+    eager: float
+    selection: float
+    steps: dict[str, float]
+    topk: float
+    materialized: float | None
+    extra_memory: float
+    materialized_memory: float | None
+    floor_products: float
+    floor_bytes: float
+
+
+def milliseconds(calls: list[Callable[[], Any]], device: torch.device, *, graph: bool, repeats: int) -> float:
+    """Median time of one of the calls, run one after another; from a graph, launches cost the host nothing."""
+    for call in calls:
+        call()
+    if device.type != "cuda":
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            for call in calls:
+                call()
+            times.append(1000 * (time.perf_counter() - start))
+        return statistics.median(times) / len(calls)
+    torch.cuda.synchronize()
+    run = _captured(calls) if graph else lambda: [call() for call in calls]
+    run()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start_event, end_event in events:
+        start_event.record()
+        run()
+        end_event.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events) / len(calls)
+
+
+def _captured(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def extra_mebibytes(call: Callable[[], Any], device: torch.device) -> float:
+    """Peak memory of a call beyond what was held before it; 0 on a CPU."""
+    if device.type != "cuda":
+        call()
+        return 0.0
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def measured_rates(device: torch.device) -> tuple[float, float]:
+    """Matrix products in FLOP/s (bfloat16, random data) and copies in bytes/s, read and written."""
+    size, kind = (8192, torch.bfloat16) if device.type == "cuda" else (256, torch.float32)
+    left, right = torch.randn(2, size, size, device=device, dtype=kind)
+    product = milliseconds([lambda: torch.mm(left, right)], device, graph=False, repeats=20)
+    source = torch.empty(2**32 if device.type == "cuda" else 2**20, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    copy = milliseconds([lambda: target.copy_(source)], device, graph=False, repeats=20)
+    return 2 * size**3 / product * 1e3, 2 * source.numel() / copy * 1e3
+
+
+def measure(
+    shapes: Shapes,
+    batch: int,
+    tokens: int,
+    device: torch.device,
+    repeats: int,
+    rates: tuple[float, float],
+    backend: str,
+) -> Row:
+    """Times of a number of layers with weights and prompts of their own, one after another."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    layers = [Layer(shapes, batch, tokens, device, dtype, backend)]
+    if device.type == "cuda":
+        count = min(max(COLD_BYTES // layers[0].bytes, 1), 9)
+        layers += [Layer(shapes, batch, tokens, device, dtype, backend) for _ in range(count)]
+
+    def time_of(name: str, graph: bool = True) -> float:
+        return milliseconds([getattr(layer, name) for layer in layers], device, graph=graph, repeats=repeats)
+
+    eager = time_of("select", graph=False)
+    selection = time_of("select")
+    steps = {step: time_of(step) for step in STEPS}
+    topk = time_of("topk")
+    layers[0].forget()
+    memory = extra_mebibytes(layers[0].select, device)
+    materialized = materialized_memory = None
+    if batch * tokens <= 65536:
+        materialized = time_of("select_materialized")
+        materialized_memory = extra_mebibytes(layers[0].select_materialized, device)
+    products = 4 * batch * shapes.heads * (shapes.proxies + 1) * tokens * shapes.head_dim
+    products += 2 * batch * (shapes.proxies + 1) * shapes.hidden * shapes.heads * shapes.head_dim
+    return Row(
+        batch,
+        tokens,
+        eager,
+        selection,
+        steps,
+        topk,
+        materialized,
+        memory,
+        materialized_memory,
+        1e3 * products / rates[0],
+        1e3 * layers[0].bytes / rates[1],
+    )
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    """The rows as lines of text."""
+    yield (
+        "batch  tokens   eager   graph  | "
+        + "  ".join(f"{step[:7]:>7}" for step in STEPS)
+        + " |    topk  full (MiB)  extra MiB | floor: products, bytes"
+    )
+    for row in rows:
+        full = "-" if row.materialized is None else f"{row.materialized:.3f} ({row.materialized_memory:.0f})"
+        steps = "  ".join(f"{row.steps[step]:7.4f}" for step in STEPS)
+        yield (
+            f"{row.batch:5d} {row.tokens:7d} {row.eager:7.3f} {row.selection:7.3f}  | {steps} | {row.topk:7.4f} "
+            f"{full:>12} {row.extra_memory:10.1f} | {row.floor_products:.3f} {row.floor_bytes:.3f}"
+        )

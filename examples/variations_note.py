@@ -1,0 +1,92 @@
+"""The note that variations.py writes: under which conditions, and one Markdown table."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tiny_vlm.pages import HELD_OUT_SEED
+
+PUBLISHED = "published"
+INTRODUCTION = """\
+Written by `variations.py --note`. Exact match in percent, averaged over the tasks, at each budget (tokens per layer and
+KV head); beside it the difference to `published` in percentage points, paired question by question, with its 95 %
+bootstrap interval. Every interval is for its row alone: among this many, some may leave out 0 by chance.
+
+Rows named after a setting change that one. Those of `seed` differ from `published` in nothing but the noise of the
+samples. Those of the last query change how often the attention mass of the last prompt token's query enters that of
+each group, or the score beside the votes; alone, it takes all places (`last_query_share=0.99`). Where `num_groups`
+changes, `future_stride`, which follows it by default, stays at 32."""
+
+
+def read_run(text: str) -> dict[str, Any]:
+    """An argparse type: what variations.py has written as JSON, by the path of the file."""
+    try:
+        run: dict[str, Any] = json.loads(Path(text).read_text(encoding="utf-8"))
+        note([run])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON file of variations.py: {error!r}") from error
+    return run
+
+
+def difference(result: dict[str, Any]) -> str:
+    """The difference of a result to the published settings, with its interval, in points; "-" for themselves."""
+    if result["variation"] == PUBLISHED:
+        return "-"
+    mean, low, high = (100 * result["difference"][name] for name in ("mean", "low", "high"))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def note(recorded: Sequence[dict[str, Any]]) -> str:
+    """Markdown: the conditions of each run, and a row for each variation, in the order of the first run.
+
+    Rows are sorted by the exact match of the first run, averaged over its budgets; a variation that a run lacks has
+    dashes there.
+
+    Args:
+        recorded: what variations.py writes as JSON, one run after the other.
+    """
+    columns = [(run, budget) for run in recorded for budget in run["settings"]["budgets"]]
+    found = [{r["variation"]: r for r in run["results"] if r["budget"] == budget} for run, budget in columns]
+    first = len(recorded[0]["settings"]["budgets"])
+
+    def order(name: str) -> tuple[bool, float]:
+        scores = [results[name]["exact_match"]["mean"] for results in found[:first] if name in results]
+        return not scores, -sum(scores)
+
+    names = sorted(dict.fromkeys(name for results in found for name in results), key=order)
+    head = ["variation", *(cell for run, budget in columns for cell in (f"{_set(run)}, {budget}", "difference"))]
+    lines = [head, ["---"] * len(head)]
+    for name in names:
+        cells = [name]
+        for results in found:
+            result = results.get(name)
+            cells += [f"{100 * result['exact_match']['mean']:.1f}", difference(result)] if result else ["-", "-"]
+        lines.append(cells)
+    return "\n".join(
+        [
+            "# The published settings, and one change at a time",
+            "",
+            INTRODUCTION,
+            "",
+            *(f"- {_conditions(run)}" for run in recorded),
+            "",
+            *("| " + " | ".join(cells) + " |" for cells in lines),
+            "",
+        ]
+    )
+
+
+def _set(run: dict[str, Any]) -> str:
+    return "test" if run["settings"]["seed"] == HELD_OUT_SEED else "development"
+
+
+def _conditions(run: dict[str, Any]) -> str:
+    settings, environment = run["settings"], run["environment"]
+    return (
+        f"{_set(run)}: documents of seed {settings['seed']}, {settings['count']} questions a task "
+        f"({', '.join(settings['tasks'])}), batches of {settings['batch_size']}; {settings['model']}, "
+        f"{settings['dtype']}, {environment['device']}, torch {environment['torch']}, "
+        f"transformers {environment['transformers']}"
+    )

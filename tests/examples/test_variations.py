@@ -1,0 +1,122 @@
+import json
+
+import pytest
+import torch
+
+import models
+import variations
+import variations_note
+from mmshiftkv import ShiftKVConfig
+from mmshiftkv.policies import ShiftKV
+from tiny_vlm.pages import HELD_OUT_SEED
+
+SMALL = ["--count", "2", "--batch-size", "2", "--device", "cpu", "--tasks", "lookup", "--budgets", "48", "8"]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """What one run of the script writes: the JSON file, and the note."""
+    folder = tmp_path_factory.mktemp("variations")
+    files = folder / "run.json", folder / "note.md"
+    options = ["--only", "gamma=1.0", "last query alone", "last query not in the score"]
+    variations.main([*SMALL, *options, "--json", str(files[0]), "--note", str(files[1])])
+    return files
+
+
+def scores_of(policy, tokens=40):
+    """The scores that a policy gives in each layer of a small model."""
+    seen = []
+
+    class Watched:
+        observe = policy.observe
+
+        def score(self, *args):
+            seen.append(policy.score(*args))
+            return seen[-1]
+
+    model = models.text_model()
+    cache = variations.PrefillSelectionCache(model, Watched(), 8)
+    with torch.no_grad():
+        model(models.prompt_ids(tokens=tokens), past_key_values=cache, use_cache=True)
+    return seen
+
+
+def test_names_and_settings_are_distinct_and_every_one_makes_a_cache(tiny):
+    every = variations.all_variations()
+    assert len({one.name for one in every}) == len({repr((one.settings, one.weights)) for one in every}) == len(every)
+    assert every[0] == variations.Variation("published")
+    for one in every:
+        one.make_cache(tiny[0], 64)
+
+
+def test_the_documents_are_not_those_of_the_test_set():
+    assert variations.parse_arguments([]).seed == variations.DEVELOPMENT_SEED != HELD_OUT_SEED
+
+
+def test_a_last_query_of_weight_one_is_the_published_one():
+    config = ShiftKVConfig(budget=8, num_proxies=64, num_groups=8)
+    published = scores_of(ShiftKV(config))
+    for found, expected in zip(scores_of(variations.WeightedLastQuery(config)), published, strict=True):
+        assert found.equal(expected)
+    for found, expected in zip(scores_of(variations.WeightedLastQuery(config, 1, 0)), published, strict=True):
+        assert found.equal(expected.floor())
+    without = scores_of(variations.WeightedLastQuery(config, 0, 1))
+    assert any(not found.equal(expected) for found, expected in zip(without, published, strict=True))
+
+
+def test_json_holds_every_result_and_its_difference(written):
+    run = json.loads(written[0].read_text(encoding="utf-8"))
+    assert run["settings"]["seed"] == variations.DEVELOPMENT_SEED
+    assert [result["budget"] for result in run["results"]] == [48] * 4 + [8] * 4
+    for budget in (48, 8):
+        results = [result for result in run["results"] if result["budget"] == budget]
+        (published,) = (result for result in results if result["variation"] == "published")
+        assert published["difference"] == {"mean": 0, "low": 0, "high": 0}
+        means = [result["exact_match"]["mean"] for result in results]
+        assert means == sorted(means, reverse=True)
+        for result in results:
+            gain = result["exact_match"]["mean"] - published["exact_match"]["mean"]
+            assert result["difference"]["mean"] == pytest.approx(gain)
+            assert result["tasks"]["lookup"]["exact_match"] == result["exact_match"]["mean"]
+
+
+def test_the_note_has_a_row_for_each_variation_and_columns_for_each_run(written, tmp_path):
+    run = json.loads(written[0].read_text(encoding="utf-8"))
+    single = written[1].read_text(encoding="utf-8")
+    assert single == variations_note.note([run])
+    test_run = {**run, "settings": {**run["settings"], "seed": HELD_OUT_SEED}}
+    test_run["results"] = [result for result in run["results"] if result["variation"] in ("published", "gamma=1.0")]
+    (tmp_path / "test.json").write_text(json.dumps(test_run), encoding="utf-8")
+    variations.main(["--from", str(written[0]), str(tmp_path / "test.json"), "--note", str(tmp_path / "both.md")])
+    both = (tmp_path / "both.md").read_text(encoding="utf-8")
+    head, _, *rows = [line.strip("| ").split(" | ") for line in both.splitlines() if line.startswith("|")]
+    assert head[1::2] == ["development, 48", "development, 8", "test, 48", "test, 8"]
+    assert {row[0]: row[5] == "-" for row in rows} == {
+        "published": False,
+        "gamma=1.0": False,
+        "last query alone": True,
+        "last query not in the score": True,
+    }
+    assert all(len(row) == 9 for row in rows)
+    assert f"seed {HELD_OUT_SEED}, 2 questions a task (lookup)" in both
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--only", "gama=1"], "invalid choice: 'gama=1'"),
+        (["--from", "nowhere.json", "--note", "note.md"], "'nowhere.json' is no JSON file of variations.py"),
+        (["--count", "0"], "needs a whole number, at least 1"),
+        (["--json", "nowhere/run.json"], "no such folder"),
+    ],
+)
+def test_wrong_arguments_are_named(options, words, capsys):
+    with pytest.raises(SystemExit):
+        variations.main(options)
+    assert words in capsys.readouterr().err
+
+
+def test_runs_without_a_note_are_refused(written, capsys):
+    with pytest.raises(SystemExit):
+        variations.main(["--from", str(written[0])])
+    assert "--from needs --note" in capsys.readouterr().err
