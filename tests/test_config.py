@@ -89,6 +89,16 @@ def test_a_config_and_settings_together_or_neither_are_refused():
         ShiftKVCache(model, 64)
 
 
+def test_a_preset_lies_between_the_family_and_the_settings(vision_case):
+    model = vision_case("vicuna").model
+    small = ShiftKVCache(model, budget=8, preset="small-budget").config
+    assert small == ShiftKVConfig.for_model(model, budget=8, mass=0.5)
+    assert ShiftKVConfig.for_model(model, budget=8, preset="small-budget", mass=0.7).mass == 0.7
+    assert ShiftKVConfig.for_model(model, budget=8, preset="published") == ShiftKVConfig.for_model(model, budget=8)
+    with pytest.raises(ValueError, match="preset='tiny' must be one of 'published', 'small-budget'"):
+        ShiftKVCache(model, budget=8, preset="tiny")
+
+
 def test_gamma_may_be_zero_and_mass_one():
     config = ShiftKVConfig(budget=0.5, gamma=0, mass=1)
     assert config.replace(budget=3) == ShiftKVConfig(budget=3, gamma=0, mass=1)

@@ -38,14 +38,36 @@ def test_the_snippets_run(vision_case, capsys):
 
 def test_the_results_are_those_on_record():
     recorded = json.loads((ROOT / "examples" / "results" / "compare.json").read_text(encoding="utf-8"))
-    rows = re.findall(r"^\| (?:full|ShiftKV) \| (\S+) \| (.*) \|$", README, re.M)
-    assert len(rows) == len(recorded["results"]) == 5
-    for (budget, cells), result in zip(rows, recorded["results"], strict=True):
-        assert budget == str(result["budget"] or "-")
+    by_name = {
+        (result["method"].replace("_", ""), str(result["budget"] or "-")): result for result in recorded["results"]
+    }
+    rows = re.findall(
+        r"^\| (full|ShiftKV|ExpectedAttention|SnapKV|KeyDiff|StreamingLLM|Random) \| (\S+) \| (.*) \|$", README, re.M
+    )
+    assert len(rows) == len(recorded["results"]) == 25
+    for method, budget, cells in rows:
+        result = by_name[method.lower(), budget]
         for cell, task in zip(cells.split(" | "), result["tasks"].values(), strict=True):
             exact, anls = (100 * task[name]["mean"] for name in ("exact_match", "anls"))
             assert cell == f"{exact:.1f} / {anls:.1f}"
-    assert {result["tasks"]["line"]["count"] for result in recorded["results"]} == {140}
+        assert {task["count"] for task in result["tasks"].values()} == {140}
+
+
+def test_the_costs_are_those_on_record():
+    recorded = json.loads((ROOT / "examples" / "results" / "selection.json").read_text(encoding="utf-8"))
+    for tokens in recorded["settings"]["lengths"]:
+        (selection,) = (row for row in recorded["selection"] if (row["batch"], row["tokens"]) == (1, tokens))
+        full, shiftkv = (row for row in recorded["prefill"] if row["tokens"] == tokens)
+        (row,) = re.findall(rf"^\| {tokens:,} \| (.*) \|$", README, re.M)
+        assert row.split(" | ") == [
+            f"{selection['selection']:.3f} ms",
+            f"{selection['materialized']:.3f} ms",
+            f"{selection['floor_products']:.3f} ms",
+            f"{selection['extra_memory']:.0f} ({selection['materialized_memory']:.0f}) MiB",
+            f"{1e3 * full['seconds']:.1f} ms",
+            f"{1e3 * shiftkv['seconds']:.1f} ms (x {shiftkv['seconds'] / full['seconds']:.3f})",
+            f"{shiftkv['peak'] / 2**20:.0f} instead of {full['peak'] / 2**20:.0f} MiB",
+        ]
 
 
 def test_the_settings_are_all_there():

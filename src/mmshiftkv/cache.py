@@ -296,7 +296,7 @@ class ShiftKVCache(PrefillSelectionCache):
     Args:
         model: the model that the cache will be used with.
         config: all settings.
-        settings: fields of `ShiftKVConfig`, at least `budget`; not together with `config`.
+        settings: fields of `ShiftKVConfig`, at least `budget`, and `preset`; not together with `config`.
 
     Raises:
         TypeError: both or neither of config and settings, an unknown field, a value of the wrong type.

@@ -16,6 +16,9 @@ PREFILL_MODES = ("single", "chunked")
 _LLAVA = {"num_groups": 16, "stats_window": 512, "last_token_layers": 2}
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {"llava": _LLAVA, "llava_next": _LLAVA}
 
+# Found on generated documents with the embedded model, see examples/results/variations.md.
+PRESETS: dict[str, dict[str, Any]] = {"published": {}, "small-budget": {"mass": 0.5}}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftKVConfig:
@@ -80,13 +83,20 @@ class ShiftKVConfig:
         check_prefill(self.max_new_tokens, self.prefill, self.prompt_length)
 
     @classmethod
-    def for_model(cls, model: PreTrainedModel, **settings: Any) -> "ShiftKVConfig":
-        """The published settings of the model's family, with `settings` (at least `budget`) on top.
+    def for_model(cls, model: PreTrainedModel, *, preset: str = "published", **settings: Any) -> "ShiftKVConfig":
+        """The published settings of the model's family, with a preset and `settings` (at least `budget`) on top.
+
+        Args:
+            model: the model.
+            preset: "published", or "small-budget" for budgets that are too small for what the prompt is asked about:
+                groups vote for the tokens with half of their mass, not with 95 % of it.
+            settings: fields of the config.
 
         Raises:
             TypeError: `budget` is missing, or a field is unknown; the message lists the fields.
-            ValueError: as the class says.
+            ValueError: an unknown preset, or as the class says.
         """
+        check_choice("preset", preset, tuple(PRESETS))
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(settings) - set(known))
         if unknown:
@@ -94,7 +104,7 @@ class ShiftKVConfig:
         if "budget" not in settings:
             raise TypeError("budget is missing: an int (tokens per KV head) or a float in (0, 1] (share of the prompt)")
         family = FAMILY_SETTINGS.get(model.config.model_type, {})
-        return cls(**{**family, **settings})
+        return cls(**{**family, **PRESETS[preset], **settings})
 
     def check_layers(self, count: int) -> None:
         """Raises ValueError if there is one gamma per layer, but not for `count` decoder layers."""

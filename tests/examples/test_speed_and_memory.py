@@ -38,5 +38,5 @@ def test_bad_arguments_are_named(arguments, words, capsys):
 
 
 def test_an_unknown_shape_is_named():
-    with pytest.raises(ValueError, match="name='gpt' must be one of qwen2.5-vl-7b, llava-1.6-vicuna-7b, tiny"):
+    with pytest.raises(ValueError, match=r"name='gpt' must be one of qwen2.5-vl-7b, llava-1.6-vicuna-7b, tiny"):
         random_model("gpt", None, None)
