@@ -91,18 +91,15 @@ class Layer:
         )
 
     def projection(self) -> None:
-        """Query projection of the samples and of the last token."""
-        self.projected = F.linear(self.drawn, self.weight, self.bias)
-        self.projected_last = F.linear(self.states[:, -1:], self.weight, self.bias)
+        """Query projection of the samples and of the last token, joined as the cache joins them."""
+        last = self.states[:, -1:].clone()
+        self.projected = F.linear(torch.cat([self.drawn, last], dim=1), self.weight, self.bias)
 
     def rotation(self) -> None:
         """Rotation of both to their positions."""
-        queries, last = (
-            part.unflatten(-1, (self.shapes.heads, -1)).transpose(1, 2)
-            for part in (self.projected, self.projected_last)
-        )
+        queries = self.projected.unflatten(-1, (self.shapes.heads, -1)).transpose(1, 2)
         factors = self.cos, self.sin, self.step_cos, self.step_sin
-        self.proxies, self.last = rotate_queries(queries, last, *factors, backend=self.backend)
+        self.proxies, self.last = rotate_queries(queries[:, :, :-1], queries[:, :, -1:], *factors, backend=self.backend)
 
     def masses(self) -> None:
         """Attention mass of each group on each token."""

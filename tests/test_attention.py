@@ -178,6 +178,19 @@ def test_looking_ahead_leaves_a_dynamic_embedding_as_it_is():
     assert (rotary.max_seq_len_cached, rotary.rope_type) == before[1:]
 
 
+def test_a_changed_embedding_is_looked_at_anew():
+    model = build("llama")
+    decoder, inputs = observed(model, models.prompt_ids(1, 10))
+    _, cos, sin = (part[:, -1:] for part in inputs[0])
+    decoder.attention[0].advance(cos, sin, count=4, stride=3)
+    rotary = model.model.rotary_emb
+    rotary.inv_freq = rotary.inv_freq * 0.5
+    expected = decoder.attention[0].advance(cos, sin, count=4, stride=6)
+    rotary.inv_freq = rotary.inv_freq * 2
+    found = decoder.attention[0].advance(cos, sin, count=4, stride=3)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 # name -> (config changes, what the error says)
 REFUSED = {
     "phi3": ({}, "q_proj"),

@@ -126,7 +126,9 @@ class AttentionLayer:
     def _step_factors(self, count: int, stride: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of the angles between a position and the `count` next ones, (1, count, rotary dim) float32."""
         known = _known_steps.setdefault(self._rotary, {})
-        key = (self._layer_type, count, stride, device)
+        # A model that is converted or moved gets other buffers.
+        buffers = tuple((buffer.data_ptr(), buffer.dtype) for buffer in self._rotary.buffers())
+        key = (self._layer_type, count, stride, device, buffers)
         if key not in known:
             positions = torch.arange(count + 1, device=device)[None] * stride
             cos, sin = rotary_factors(self._rotary, positions, self._layer_type)

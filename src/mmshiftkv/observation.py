@@ -66,11 +66,6 @@ class Observer:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Observer":
         return Observer(self._decoder)
 
-    @property
-    def armed(self) -> bool:
-        """Whether hooks are on the model."""
-        return bool(self._handles)
-
     def arm(self, cache: Any) -> None:
         """Puts the hooks on; `cache.reset()` is called if the forward pass with that cache raises."""
         with _hook_lock:
