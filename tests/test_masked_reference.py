@@ -39,7 +39,8 @@ def dropped_entries_masked(model, kept, valid):
         def mask(module, args, kwargs, seen=seen):
             if kwargs["hidden_states"].shape[1] > 1:
                 return None
-            later = kwargs["past_key_values"].get_seq_length(module.layer_idx) + 1 - tokens
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))
+            later = cache.get_seq_length(module.layer_idx) + 1 - tokens
             shown = torch.cat([seen, seen.new_ones(*seen.shape[:3], later)], dim=-1)
             if module.config._attn_implementation == "eager":
                 hidden = torch.finfo(kwargs["hidden_states"].dtype).min

@@ -26,6 +26,20 @@ def check_device(name: str, tensor: torch.Tensor, like_name: str, like: torch.Te
         raise ValueError(f"{name} is on {tensor.device}, must be on {like.device} like {like_name}")
 
 
+def check_contiguous(name: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError unless the elements of `tensor` follow one another in memory."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}, must be contiguous")
+
+
+def check_pair(name: str, pair: object) -> None:
+    """Raises TypeError unless `pair` is a tuple of two tensors."""
+    parts = pair if isinstance(pair, tuple) else ()
+    if len(parts) != 2 or not all(isinstance(part, torch.Tensor) for part in parts):
+        kinds = f" ({', '.join(type(part).__name__ for part in parts)})" if isinstance(pair, tuple) else ""
+        raise TypeError(f"{name} is a {type(pair).__name__}{kinds}, must be a tuple of two tensors")
+
+
 def check_valid(valid: torch.Tensor | None, like_name: str, like: torch.Tensor, batch: int, tokens: int) -> None:
     """Raises ValueError unless `valid` is None or a (B, T) bool mask on the device of `like`."""
     if valid is not None:

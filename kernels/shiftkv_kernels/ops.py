@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import reference
-from .checks import check_device, check_dtype, check_positive, check_shape, check_valid
+from .checks import check_contiguous, check_device, check_dtype, check_pair, check_positive, check_shape, check_valid
 from .device import is_interpreted, takes_triton
 
 _PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -169,23 +169,40 @@ def gather(
     values: torch.Tensor,
     indices: torch.Tensor,
     *,
-    capacity: int | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keys and values of the tokens `indices`, (B, H_kv, C), in new storage of `capacity` slots per head."""
+    """The keys and values of the tokens `indices`, (B, H_kv, C), in the first of the S slots of `out`; then zeros.
+
+    Without `out` they come in new storage of C slots.  TypeError if `out` is not a tuple of two tensors.
+    """
     check_shape("keys", keys, "(B, H_kv, T, D)", (None, None, None, None))
     check_shape("values", values, "(B, H_kv, T, D_v)", (*keys.shape[:3], None))
     check_shape("indices", indices, "(B, H_kv, C)", (*keys.shape[:2], None))
     check_dtype("indices", indices, torch.int64)
     check_device("values", values, "keys", keys)
     check_device("indices", indices, "keys", keys)
-    if capacity is not None and capacity < indices.shape[2]:
-        raise ValueError(f"capacity={capacity!r} must be at least the {indices.shape[2]} tokens of indices")
+    if out is not None:
+        _check_out(out, keys, values, indices.shape[2])
     if takes_triton(backend, keys.device):
         from .fused.gather import gather as fused
 
-        return fused(keys, values, indices, capacity=capacity)
-    return reference.gather(keys, values, indices, capacity=capacity)
+        return fused(keys, values, indices, out=out)
+    return reference.gather(keys, values, indices, out=out)
+
+
+def _check_out(out: tuple[torch.Tensor, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, count: int) -> None:
+    check_pair("out", out)
+    check_shape("out[0]", out[0], "(B, H_kv, S, D)", (*keys.shape[:2], None, keys.shape[3]))
+    check_shape("out[1]", out[1], "(B, H_kv, S, D_v)", (*out[0].shape[:3], values.shape[3]))
+    if out[0].shape[2] < count:
+        raise ValueError(
+            f"out has {out[0].shape[2]} slots, must have at least as many as the {count} tokens of indices"
+        )
+    for name, tensor, like_name, like in (("out[0]", out[0], "keys", keys), ("out[1]", out[1], "values", values)):
+        check_dtype(name, tensor, like.dtype)
+        check_device(name, tensor, like_name, like)
+        check_contiguous(name, tensor)
 
 
 def _check_queries(proxy_queries: torch.Tensor, last_query: torch.Tensor) -> torch.Size:

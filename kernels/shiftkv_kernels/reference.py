@@ -258,7 +258,11 @@ def keep_best(scores: torch.Tensor, count: int, valid: torch.Tensor | None = Non
 
 
 def gather(
-    keys: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, *, capacity: int | None = None
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The kept keys and values, in storage of their own.
 
@@ -266,18 +270,25 @@ def gather(
         keys: (B, H_kv, T, D).
         values: (B, H_kv, T, D_v).
         indices: (B, H_kv, C) int64.
-        capacity: slots to allocate, at least C; the slots from C on are left unwritten.  None: C.
+        out: keys (B, H_kv, S, D) and values (B, H_kv, S, D_v) to write to, S >= C, contiguous, of the inputs' dtype
+            and device, sharing no memory with them.  The slots from C on are set to 0, whatever they held: attention
+            gives empty slots no weight, but no weight times NaN is NaN.  None: new storage of C slots.
 
     Returns:
-        Keys (B, H_kv, capacity, D) and values (B, H_kv, capacity, D_v), contiguous, of the inputs' dtype.
+        `out`, or new keys (B, H_kv, C, D) and values (B, H_kv, C, D_v), contiguous, of the inputs' dtype.
     """
-    return _gather_rows(keys, indices, capacity), _gather_rows(values, indices, capacity)
+    kept_keys, kept_values = _gather_rows(keys, indices), _gather_rows(values, indices)
+    if out is None:
+        return kept_keys, kept_values
+    return _store(kept_keys, out[0]), _store(kept_values, out[1])
 
 
-def _gather_rows(states: torch.Tensor, indices: torch.Tensor, capacity: int | None) -> torch.Tensor:
-    kept = states.gather(2, indices.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1]))
-    if capacity is None or capacity == kept.shape[2]:
-        return kept
-    storage = kept.new_empty((*kept.shape[:2], capacity, kept.shape[3]))
-    storage[:, :, : kept.shape[2]] = kept
+def _gather_rows(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    return states.gather(2, indices.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1]))
+
+
+def _store(kept: torch.Tensor, storage: torch.Tensor) -> torch.Tensor:
+    count = kept.shape[2]
+    storage[:, :, :count] = kept
+    storage[:, :, count:] = 0
     return storage

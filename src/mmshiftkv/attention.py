@@ -254,8 +254,10 @@ class _KeyRecorder:
 
 def _keys_of(module: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     recorder = _KeyRecorder()
+    # transformers 5.24 has renamed the argument.
+    name = "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
     try:
-        module(hidden_states=hidden, position_embeddings=(cos, sin), attention_mask=None, past_key_values=recorder)
+        module(hidden_states=hidden, position_embeddings=(cos, sin), attention_mask=None, **{name: recorder})
     except _KeysSeen:
         return recorder.keys
-    raise RuntimeError("it does not pass its keys to past_key_values.update")
+    raise RuntimeError("it does not pass its keys to the cache's update")

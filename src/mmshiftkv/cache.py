@@ -12,11 +12,13 @@ from shiftkv_kernels import gather, keep_best
 
 from .config import BACKENDS, ShiftKVConfig, check_budget, check_choice, check_prefill, tokens_to_keep
 from .decoder import Decoder, text_decoder
+from .fixed_layer import FixedLayer
 from .layer import SelectedLayer
 from .observation import Observation, Observer
 from .padding import PromptPadding
 from .policies import Policy, ShiftKV
 from .report import CacheReport, report_of
+from .room import Room, obstacle_to_compiling
 
 # While assisted decoding records, the first forward pass holds the prompt and its first candidates; of them, this many
 # last tokens stay as they are seen until the accepted ones are known.
@@ -37,7 +39,8 @@ class PrefillSelectionCache(DynamicCache):
         model: the model that the cache will be used with.
         policy: gives the scores.
         budget: tokens kept per KV head and layer (int), or the share of the prompt's columns (float), rounded up.
-        max_new_tokens: tokens to reserve storage for behind the prompt; None: storage grows.
+        max_new_tokens: room for so many tokens behind what is kept of the prompt, in storage that stays where it is, so
+            that `generate` compiles decoding; None: storage grows, and decoding is eager.
         prefill: "single", or "chunked" when several forward passes hold the prompt.
         prompt_length: columns of the whole prompt, for "chunked"; None: the first one-token pass ends the prompt.
         backend: "auto" (Triton kernels on a GPU, plain torch elsewhere), "triton" or "torch".
@@ -68,8 +71,18 @@ class PrefillSelectionCache(DynamicCache):
             raise ValueError(f"model: {type(model).__name__} is not supported: it has no full-attention layer")
         self._decoder = Decoder(model, selected)
         for index in selected:
-            self.layers[index] = SelectedLayer(reserve=max_new_tokens or 0)
+            self.layers[index] = SelectedLayer()
         self._selected = selected
+        self._room: Room | None = None
+        if max_new_tokens is not None:
+            obstacle = obstacle_to_compiling(self._decoder, len(self.layers), prefill)
+            if obstacle is None:
+                self._room = Room(self._decoder, budget, max_new_tokens, backend)
+            else:
+                warnings.warn(
+                    f"max_new_tokens={max_new_tokens} reserves nothing, and decoding is not compiled: {obstacle}",
+                    stacklevel=3,
+                )
         self._policy = policy
         self._budget = budget
         self._prefill = prefill
@@ -97,11 +110,18 @@ class PrefillSelectionCache(DynamicCache):
         """Tokens seen and stored, bytes stored and saved, by layer and in all; prints as a table."""
         return report_of(self.layers)
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile decoding: `max_new_tokens` was given, and nothing was in the way."""
+        first = self.layers[self._selected[0]]
+        return isinstance(first, FixedLayer) or (self._room is not None and not first.record_past)
+
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """As in transformers.  It is also the first that a cache hears of a forward pass, so a prefill starts here.
 
         Raises:
-            ValueError: an empty prompt, or a cache whose last prefill was interrupted.
+            ValueError: an empty prompt, a cache whose last prefill was interrupted, or one without room for another
+                token.
         """
         self._begin_forward(query_length)
         return super().get_mask_sizes(query_length, layer_idx)
@@ -116,7 +136,9 @@ class PrefillSelectionCache(DynamicCache):
                 the cache belongs to another model, or the model was given a ready-made 4-D mask.
         """
         layer = self.layers[layer_idx]
-        if not isinstance(layer, SelectedLayer) or not self._in_prompt(layer):
+        if not isinstance(layer, SelectedLayer) or not layer.in_prompt:
+            if self._room is not None and not torch.compiler.is_compiling():
+                self._room.arrive(layer_idx, key_states.shape[-2])
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         observation = self._observer.take(layer_idx)
         if observation is None:
@@ -141,6 +163,10 @@ class PrefillSelectionCache(DynamicCache):
         pending = self.layers[self._selected[0]].pending
         if pending:
             self._take_back(-tokens_to_remove)
+        first = self.layers[self._selected[0]]
+        if isinstance(first, FixedLayer) and tokens_to_remove and first.stored == -tokens_to_remove:
+            self.reset()
+            return
         super().crop(tokens_to_remove)
         self._end_pending_prompt()
 
@@ -148,12 +174,11 @@ class PrefillSelectionCache(DynamicCache):
         """Empties the cache for another prompt."""
         self._observer.disarm()
         self._padding = None
+        if self._room is not None:
+            self._room.move_out()
         for index, fresh in enumerate(self._decoder.fresh_layers()):
-            if index in self._selected:
-                self.layers[index].reset()
-            else:
-                # transformers before 5.18 fills sliding layers with zeros, which the next prompt would attend to.
-                self.layers[index] = fresh
+            # transformers before 5.18 fills sliding layers with zeros, which the next prompt would attend to.
+            self.layers[index] = SelectedLayer() if index in self._selected else fresh
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Takes the batch rows `beam_idx`, in that order."""
@@ -170,15 +195,16 @@ class PrefillSelectionCache(DynamicCache):
         self._end_pending_prompt()
         super().batch_select_indices(indices)
 
-    def _in_prompt(self, layer: SelectedLayer) -> bool:
-        return layer.pending or layer.cumulative_length == 0
-
     def _begin_forward(self, query_length: int) -> None:
         first = self.layers[self._selected[0]]
-        if not self._in_prompt(first):
-            if any(self._in_prompt(self.layers[index]) for index in self._selected):
+        if self._room is not None:
+            self._room.check()
+        if not first.in_prompt:
+            if any(self.layers[index].in_prompt for index in self._selected):
                 raise ValueError("the cache holds part of a prompt whose prefill was interrupted; call reset()")
-            if first.dropped and first.cumulative_length == query_length > 1:
+            if self._room is not None and not torch.compiler.is_compiling():
+                self._room.announce(query_length)
+            if not isinstance(first, FixedLayer) and first.dropped and first.cumulative_length == query_length > 1:
                 # Chunks cannot be told from turns for certain, but turns are rarely as long as the prompt to the token.
                 warnings.warn(
                     f"a second pass of {query_length} tokens right after a prompt of as many: if they are chunks of "
@@ -218,11 +244,13 @@ class PrefillSelectionCache(DynamicCache):
             recent = None if valid is None else valid[:, -keys.shape[-2] :]
             return self._collect(index, layer, replace(observation, valid=recent), keys, values)
         observation = replace(observation, valid=self._padding.valid(keys.device))
-        if tokens_to_keep(self._budget, seen) == seen:
-            stored = layer.update(keys, values)
+        if tokens_to_keep(self._budget, seen) < seen:
+            self._select(index, layer, self._observe(index, observation, None), keys, values)
+        elif self._room is not None:
+            self.layers[index] = self._room.move_in(index, None, keys, values)
+        else:
+            keys, values = layer.update(keys, values)
             layer.keep_all()
-            return stored
-        self._select(index, layer, self._observe(index, observation, None), keys, values)
         return keys, values
 
     def _collect(
@@ -282,8 +310,10 @@ class PrefillSelectionCache(DynamicCache):
         valid = self._padding.valid(keys.device)
         scores = self._policy.score(self._decoder.attention[index], summary, keys, values, valid)
         kept = keep_best(scores, count, valid, backend=self._backend)
-        stored = gather(keys, values, kept, capacity=layer.capacity_for(count), backend=self._backend)
-        layer.keep_selection(kept, *stored, seen)
+        if self._room is not None and not layer.record_past:
+            self.layers[index] = self._room.move_in(index, kept, keys, values)
+        else:
+            layer.keep_selection(kept, *gather(keys, values, kept, backend=self._backend), seen)
 
 
 class ShiftKVCache(PrefillSelectionCache):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -38,6 +39,7 @@ class Decoder:
             layer = AttentionLayer(_attention_module(self.blocks[index], index), index, rotary, layer_type)
             layer.check(config.hidden_size)
             self.attention[index] = layer
+        self._text_config = config
         self._config = model.config
         self._generation_config = getattr(model, "generation_config", None)
 
@@ -46,6 +48,18 @@ class Decoder:
 
     def __reduce__(self) -> Any:
         raise TypeError("a selecting cache holds on to its model and cannot be pickled; copy.deepcopy copies it")
+
+    @property
+    def attention_implementation(self) -> str:
+        """The name of the function that computes attention, such as "sdpa"."""
+        return self._text_config._attn_implementation
+
+    @property
+    def is_on_one_device(self) -> bool:
+        """Whether all weights of the attention layers lie on one device, none of them offloaded."""
+        modules = (layer.module for layer in self.attention.values())
+        devices = {parameter.device for module in modules for parameter in module.parameters()}
+        return len(devices) == 1 and torch.device("meta") not in devices
 
     def fresh_layers(self) -> list[Any]:
         """Empty cache layers, of the kinds that the model's layers call for."""

@@ -14,7 +14,7 @@ class SelectedLayer(DynamicLayer):
     """A layer that holds fewer tokens than it has seen.
 
     `cumulative_length` counts the tokens seen, which positions follow; `keys` and `values` hold the stored ones, (B,
-    H_kv, stored, D), as views of storage that grows in steps or was reserved.
+    H_kv, stored, D), as views of storage that grows in steps.
 
     Attributes:
         prompt_stored: how many of the stored tokens belong to the selected prompt.
@@ -25,9 +25,8 @@ class SelectedLayer(DynamicLayer):
         record_past: set by transformers while assisted decoding runs.
     """
 
-    def __init__(self, reserve: int = 0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._reserve = reserve
         self._clear()
 
     def _clear(self) -> None:
@@ -48,6 +47,16 @@ class SelectedLayer(DynamicLayer):
         self.record_past = True
 
     @property
+    def in_prompt(self) -> bool:
+        """Whether the next tokens belong to the prompt."""
+        return self.pending or self.cumulative_length == 0
+
+    @property
+    def seen(self) -> int:
+        """Tokens seen."""
+        return self.cumulative_length
+
+    @property
     def stored(self) -> int:
         """Tokens held, at most those seen."""
         return self.states[0].shape[-2] if self.is_initialized else 0
@@ -55,7 +64,7 @@ class SelectedLayer(DynamicLayer):
     @property
     def dropped(self) -> int:
         """Tokens seen but not held."""
-        return self.cumulative_length - self.stored
+        return self.seen - self.stored
 
     @property
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,12 +86,13 @@ class SelectedLayer(DynamicLayer):
     @property
     def kept_indices(self) -> torch.Tensor | None:
         """(B, H_kv, kept) int64: the prompt's columns that are held, ascending; None before the selection."""
-        if self.pending or not self.is_initialized or self.cumulative_length == 0:
+        if self.in_prompt or not self.is_initialized:
             return None
         if self._kept is not None:
             return self._kept
         everything = torch.arange(self.prompt_stored, device=self.device)
-        return everything.expand(*self.states[0].shape[:2], -1).clone()
+        assert self.keys is not None
+        return everything.expand(*self.keys.shape[:2], -1).clone()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Takes dtype, device and shape from the first states."""
@@ -100,13 +110,8 @@ class SelectedLayer(DynamicLayer):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._check_rows(key_states)
         start, count = self.stored, key_states.shape[-2]
-        rows = self.states[0].shape[0]
-        if key_states.shape[0] != rows:
-            raise ValueError(
-                f"key_states has batch size {key_states.shape[0]}, the cache holds {rows} rows; "
-                "call reset() before another prompt"
-            )
         self._make_room(start + count)
         assert self.storage is not None
         for storage, states in zip(self.storage, (key_states, value_states), strict=True):
@@ -114,6 +119,15 @@ class SelectedLayer(DynamicLayer):
         self._hold(*self.storage, start + count)
         self.cumulative_length += count
         return self.states
+
+    def _check_rows(self, key_states: torch.Tensor) -> None:
+        assert self.keys is not None
+        rows = self.keys.shape[0]
+        if key_states.shape[0] != rows:
+            raise ValueError(
+                f"key_states has batch size {key_states.shape[0]}, the cache holds {rows} rows; "
+                "call reset() before another prompt"
+            )
 
     def collect(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends prompt states that are to be selected from later, and returns all collected so far."""
@@ -129,7 +143,7 @@ class SelectedLayer(DynamicLayer):
 
         Args:
             kept: (B, H_kv, C) int64, the columns that were kept.
-            keys, values: (B, H_kv, capacity >= C, D), filled up to C.
+            keys, values: (B, H_kv, C, D).
             seen: columns of the prompt.
         """
         self.dtype, self.device = keys.dtype, keys.device
@@ -143,10 +157,6 @@ class SelectedLayer(DynamicLayer):
         self.prompt_stored = self.stored
         self.pending = False
         self.summary = self.tail = None
-
-    def capacity_for(self, tokens: int) -> int:
-        """Slots to allocate for a prompt of which `tokens` are kept."""
-        return tokens + self._reserve
 
     def get_seq_length(self) -> int:
         """Tokens seen: the position of the next one."""
@@ -215,9 +225,8 @@ class SelectedLayer(DynamicLayer):
         assert self.storage is not None
         if length <= self.storage[0].shape[2]:
             return
-        first = self.stored == 0
         # Exact for a prompt, in steps of a quarter behind it: no copy of everything for every token.
-        capacity = self.capacity_for(length) if first else length + max(_LEAST_GROWTH, length // 4)
+        capacity = length if self.stored == 0 else length + max(_LEAST_GROWTH, length // 4)
         filled = self.stored
         grown = []
         for part in self.storage:

@@ -15,6 +15,7 @@ from .decoder import Decoder
 # a cache that dies while the lock is held takes its hooks off in the same thread.
 _hook_lock = threading.RLock()
 _armed: "weakref.WeakSet[Observer]" = weakref.WeakSet()
+_CACHE_ARGUMENTS = ("cache", "past_key_values")  # since transformers 5.24, and before
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ class Observer:
     def arm(self, cache: Any) -> None:
         """Puts the hooks on; `cache.reset()` is called if the forward pass with that cache raises."""
         with _hook_lock:
+            # `generate` may ask for mask sizes before the model itself does.
+            if self._is_untouched():
+                return
             self._sweep()
             self._thread = threading.get_ident()
             owner = weakref.ref(cache)
@@ -111,6 +115,10 @@ class Observer:
                 self._left_behind.append(handle)
             self.disarm()
 
+    def _is_untouched(self) -> bool:
+        all_handles = len(self._decoder.blocks) + len(self._decoder.attention)
+        return len(self._handles) == all_handles and self._thread == threading.get_ident()
+
     def _sweep(self) -> None:
         """Takes off what an interrupted forward pass of this thread left on the same model."""
         self.disarm()
@@ -139,7 +147,7 @@ class _Hook:
 
     def _is_mine(self, kwargs: dict[str, Any] | None) -> bool:
         cache = self._owner()
-        return kwargs is not None and cache is not None and kwargs.get("past_key_values") is cache
+        return kwargs is not None and cache is not None and any(kwargs.get(name) is cache for name in _CACHE_ARGUMENTS)
 
     # In another thread's forward pass torch may have just taken the mark off that says "with kwargs": then they are
     # missing, and the call is not this cache's.

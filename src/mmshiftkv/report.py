@@ -94,8 +94,8 @@ def report_of(layers: Sequence[Any]) -> CacheReport:
 
 def _layer_report(index: int, layer: Any) -> LayerReport:
     if isinstance(layer, SelectedLayer):
-        full = layer.bytes_per_token * layer.cumulative_length
-        return LayerReport(index, True, layer.cumulative_length, layer.stored, layer.allocated_bytes, full)
+        full = layer.bytes_per_token * layer.seen
+        return LayerReport(index, True, layer.seen, layer.stored, layer.allocated_bytes, full)
     held = sum(part.nbytes for part in _tensors(vars(layer).values()))
     keys = getattr(layer, "keys", None)
     if keys is None:

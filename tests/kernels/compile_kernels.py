@@ -29,7 +29,7 @@ POINTERS = {"p_valid": "*u8", "p_cuts": "*i32", "p_kept": "*i64", "p_indices": "
 INPUTS = {"p_proxies", "p_last", "p_keys", "p_values", "p_kept_keys", "p_kept_values", "p_states", "p_samples"}
 INPUTS |= {"p_queries", "p_cos", "p_sin", "p_rotated", "p_rotated_last"}
 UNIT_STRIDES = {"stride_kd", "stride_vd"}
-UNSPECIALIZED = {"T", "C", "CAPACITY", "tiles_per_part", "chunks_per_program", "seed", "stream", "first"}
+UNSPECIALIZED = {"T", "C", "S", "tiles_per_part", "chunks_per_program", "seed", "stream", "first"}
 
 
 def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, capability: int, **options: Any) -> Any:
@@ -92,7 +92,7 @@ def other_cases(capability: int) -> dict[str, Any]:
             )
     for kernel, constants in (
         (vote._count_kernel, {"BLOCK_G": 32, "BLOCK_T": 128}),
-        (gather._gather_kernel, {"D": 128, "D_V": 64, "BLOCK_C": 16, "BLOCK_D": 128, "BLOCK_D_V": 64}),
+        (gather._gather_kernel, {"D": 128, "D_V": 64, "BLOCK_S": 16, "BLOCK_D": 128, "BLOCK_D_V": 64}),
         (token_statistics._token_statistics_kernel, {"D": 3584, "BLOCK": 4096}),
         (samples._samples_kernel, {"D": 3584, "BLOCK_T": 2048, "BLOCK": 512}),
         (rotation._rotate_kernel, {"D": 128, "ROTATED": 64, "BLOCK_N": 32, "BLOCK_HALF": 32, "BLOCK_REST": 64}),

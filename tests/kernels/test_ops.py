@@ -16,10 +16,15 @@ STEPS = torch.randn(4, 16)
 STATISTICS = torch.rand(2, 9)
 SAMPLING = {"count": 4, "features": 6, "gamma": 1.0, "seed": 0, "stream": 0, "dtype": torch.float32}
 INDICES = torch.zeros(2, 2, 3, dtype=torch.int64)
+ROOM = torch.full((2, 2, 4, 16), torch.nan)
 
 
 def mass_of(queries=Q, last=LAST, keys=K, num_groups=2, scaling=0.25, **more):
     return group_mass(queries, last, keys, num_groups=num_groups, scaling=scaling, **more)
+
+
+def gather_into(*out):
+    return gather(K, K, INDICES, out=out)
 
 
 REFUSED = {
@@ -55,7 +60,23 @@ REFUSED = {
     ),
     "indices is torch.int32, must be torch.int64": lambda: gather(K, K, INDICES.int()),
     "indices has shape (2, 1, 3)": lambda: gather(K, K, INDICES[:, :1]),
-    "capacity=2 must be at least the 3 tokens": lambda: gather(K, K, INDICES, capacity=2),
+    "out[0] has shape (2, 2, 16), must be (B, H_kv, S, D) = (2, 2, any, 16)": lambda: gather_into(ROOM[:, :, 0], ROOM),
+    "out[0] has shape (1, 2, 4, 16)": lambda: gather_into(ROOM[:1], ROOM),
+    "out[1] has shape (2, 2, 4, 8), must be (B, H_kv, S, D_v) = (2, 2, 4, 16)": lambda: gather_into(
+        ROOM, ROOM[..., :8]
+    ),
+    "out[1] has shape (2, 2, 3, 16)": lambda: gather_into(ROOM, ROOM[:, :, 1:]),
+    "out has 2 slots, must have at least as many as the 3 tokens of indices": lambda: gather_into(
+        ROOM[:, :, 2:], ROOM[:, :, 2:]
+    ),
+    "out[0] is torch.float16, must be torch.float32": lambda: gather_into(ROOM.half(), ROOM),
+    "out[1] is torch.float64, must be torch.float32": lambda: gather_into(ROOM, ROOM.double()),
+    "out[0] is on meta, must be on cpu like keys": lambda: gather_into(ROOM.to("meta"), ROOM),
+    "out[1] is on meta, must be on cpu like values": lambda: gather_into(ROOM, ROOM.to("meta")),
+    "out[0] has strides (128, 64, 1, 4), must be contiguous": lambda: gather_into(ROOM.mT.contiguous().mT, ROOM),
+    "out[1] has strides (0, 0, 0, 0), must be contiguous": lambda: gather_into(
+        ROOM, ROOM[:1, :1, :1, :1].expand_as(ROOM)
+    ),
     "hidden_states has shape (2, 9), must be (B, t, d)": lambda: token_statistics(STATISTICS),
     "squares has shape (2, 8), must be (B, T) = (2, 9)": lambda: draw_samples(
         STATISTICS, STATISTICS[:, 1:], **SAMPLING
@@ -76,6 +97,27 @@ REFUSED = {
 def test_arguments_that_do_not_fit_are_named(message):
     with pytest.raises(ValueError, match=re.escape(message)):
         REFUSED[message]()
+
+
+@pytest.mark.parametrize(
+    ("out", "found"),
+    [
+        (ROOM, "a Tensor"),
+        ([ROOM, ROOM], "a list"),
+        ((ROOM,), "a tuple (Tensor)"),
+        ((ROOM, None), "a tuple (Tensor, NoneType)"),
+    ],
+)
+def test_only_a_pair_can_be_gathered_into(out, found):
+    with pytest.raises(TypeError, match=re.escape(f"out is {found}, must be a tuple of two tensors")):
+        gather(K, K, INDICES, out=out)
+
+
+def test_refused_storage_is_not_written():
+    untouched = torch.full_like(ROOM, 7)
+    with pytest.raises(ValueError, match=re.escape("out[1]")):
+        gather_into(untouched, ROOM.half())
+    assert (untouched == 7).all()
 
 
 def test_on_a_cpu_only_the_reference_runs_unless_kernels_are_interpreted(monkeypatch):

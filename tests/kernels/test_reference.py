@@ -105,16 +105,26 @@ def test_kept_tokens_are_the_best_ones_in_order(seed, tokens, padding, data):
     assert kept == method.kept(scores[0, 0].numpy(), valid[0].numpy(), count)
 
 
-def test_gather_takes_the_kept_rows_of_each_head_into_storage_of_its_own():
+def test_gather_takes_the_kept_rows_of_each_head_and_leaves_zeros_behind_them():
     keys, values = torch.randn(2, 2, 9, 4), torch.randn(2, 2, 9, 6)
     indices = torch.tensor([[[0, 8], [3, 8]], [[1, 2], [7, 8]]])
-    stored_keys, stored_values = reference.gather(keys, values, indices, capacity=5)
-    assert stored_keys.shape == (2, 2, 5, 4)
-    assert stored_values.shape == (2, 2, 5, 6)
+    out = torch.full((2, 2, 5, 4), torch.nan), torch.full((2, 2, 5, 6), torch.inf)
+    stored_keys, stored_values = reference.gather(keys, values, indices, out=out)
+    assert stored_keys is out[0]
+    assert stored_values is out[1]
     for row in range(2):
         for head in range(2):
             assert stored_keys[row, head, :2].equal(keys[row, head, indices[row, head]])
             assert stored_values[row, head, :2].equal(values[row, head, indices[row, head]])
-    exact, _ = reference.gather(keys.transpose(2, 3).contiguous().transpose(2, 3), values, indices)
-    assert exact.equal(stored_keys[:, :, :2])
-    assert exact.untyped_storage().nbytes() == exact.nbytes
+    for stored in out:
+        assert not stored[:, :, 2:].any()
+
+
+def test_gather_without_storage_to_write_to_makes_some_of_the_right_size():
+    keys, values = torch.randn(2, 2, 9, 4), torch.randn(2, 2, 9, 6)
+    indices = torch.tensor([[[0, 8], [3, 8]], [[1, 2], [7, 8]]])
+    found = reference.gather(keys.transpose(2, 3).contiguous().transpose(2, 3), values, indices)
+    out = torch.empty(2, 2, 2, 4), torch.empty(2, 2, 2, 6)
+    for made, stored in zip(found, reference.gather(keys, values, indices, out=out), strict=True):
+        assert made.equal(stored)
+        assert made.untyped_storage().nbytes() == made.nbytes
