@@ -12,6 +12,7 @@ from .baselines import (
 from .cache import PrefillSelectionCache, ShiftKVCache
 from .calibration import Calibration, measure_statistics
 from .config import ShiftKVConfig
+from .decoding import decode_ahead
 from .heatmap import draw_heatmap
 from .policies import Policy
 from .report import CacheReport
@@ -33,6 +34,7 @@ __all__ = [
     "StreamingLLMCache",
     "TokenGrid",
     "VisualTokenMap",
+    "decode_ahead",
     "draw_heatmap",
     "make_cache",
     "measure_statistics",

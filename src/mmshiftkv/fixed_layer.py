@@ -73,6 +73,11 @@ class FixedLayer(SelectedLayer):
         return self.keys.shape[2]
 
     @property
+    def filled(self) -> torch.Tensor:
+        """Tokens held, 0-d int64: the slot that the next one is written to."""
+        return self._shared.filled
+
+    @property
     def stored(self) -> int:
         """Tokens held; waits for the device."""
         return int(self._shared.filled)

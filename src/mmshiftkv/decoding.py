@@ -1,0 +1,220 @@
+"""A decoding loop for `generate` that leaves the device nothing to wait for."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
+
+from .cache import PrefillSelectionCache
+
+_CACHE_ARGUMENTS = ("cache", "past_key_values")  # since transformers 5.24, and before
+
+
+def decode_ahead(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer: BaseStreamer | None = None,
+    **model_kwargs: Any,
+) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    """Greedy decoding or sampling: `model.generate(..., custom_generate=decode_ahead)`.
+
+    `generate` prepares every step anew and waits for its token before it goes on; with a small cache that is a good
+    part of a step.  This loop prepares once, and looks whether a step was the last one while the next already runs;
+    what that one did is taken back then.  Tokens are those of `generate`: it runs the same compiled model, logits
+    processors and stopping criteria.
+
+    Args:
+        model: the model.
+        input_ids: (B, T), as `generate` passes them, like all that follows.
+        logits_processor: changes logits before a token is chosen.
+        stopping_criteria: say which rows have ended.
+        generation_config: as prepared by `generate`.
+        synced_gpus: must be False.
+        streamer: gets each token, one step late.
+        model_kwargs: inputs of the model, among them the cache.
+
+    Returns:
+        The sequences (B, T + new tokens), or with `return_dict_in_generate` them with scores, logits and the cache.
+
+    Raises:
+        ValueError: the cache is not one of this package that was built with `max_new_tokens` and can be compiled, or
+            what is asked for is neither greedy decoding nor sampling.
+    """
+    cache = _checked_cache(model_kwargs, generation_config, synced_gpus)
+    forward = (
+        model.get_compiled_call(generation_config.compile_config)
+        if model._valid_auto_compile_criteria(model_kwargs, generation_config)
+        else model.__call__
+    )
+    loop = _Loop(input_ids, logits_processor, stopping_criteria, generation_config)
+    outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+    loop.take(outputs.logits)
+    model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
+    del outputs
+    if not loop.is_full:
+        step = _Step(model.prepare_inputs_for_generation(loop.ids, next_sequence_length=1, **model_kwargs), cache)
+        with model._optimize_model_for_decode():
+            for inputs in step.inputs(loop):
+                loop.take(forward(**inputs, return_dict=True).logits)
+                if loop.had_ended(streamer):
+                    loop.take_back(cache)
+                    break
+    loop.finish(streamer)
+    return loop.result(cache)
+
+
+def _checked_cache(
+    model_kwargs: dict[str, Any], generation_config: GenerationConfig, synced_gpus: bool
+) -> PrefillSelectionCache:
+    cache = next((model_kwargs[name] for name in _CACHE_ARGUMENTS if model_kwargs.get(name) is not None), None)
+    if not isinstance(cache, PrefillSelectionCache) or not cache.is_compileable:
+        raise ValueError(
+            f"decode_ahead needs a cache of mmshiftkv that was built with max_new_tokens, and nothing in the way of "
+            f"compiling; got {type(cache).__name__}"
+        )
+    refused = {
+        "num_beams": generation_config.num_beams not in (None, 1),
+        "output_attentions": generation_config.output_attentions,
+        "output_hidden_states": generation_config.output_hidden_states,
+        "synced_gpus": synced_gpus,
+    }
+    found = [name for name, is_given in refused.items() if is_given]
+    if found:
+        raise ValueError(f"decode_ahead decodes greedily or samples; it does not take {', '.join(found)}")
+    return cache
+
+
+class _Loop:
+    """The sequences so far, and what `generate` does to them between two steps."""
+
+    def __init__(
+        self,
+        ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+    ) -> None:
+        self.ids = ids
+        self._processor = logits_processor
+        self._criteria = stopping_criteria
+        self._config = config
+        self._running = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
+        self._has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        self._scores: list[torch.Tensor] = []
+        self._logits: list[torch.Tensor] = []
+        self._tokens: torch.Tensor
+        self._ends: list[_Arrival] = []
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the sequences are as long as they may become."""
+        return self._criteria.max_length is not None and self.ids.shape[1] >= self._criteria.max_length
+
+    def take(self, logits: torch.Tensor) -> None:
+        """Chooses the next tokens, with nothing that waits for the device unless a stopping criterion does."""
+        config = self._config
+        chosen = logits[:, -1].to(copy=True, dtype=torch.float32, device=self.ids.device)
+        scores = self._processor(self.ids, chosen)
+        if config.return_dict_in_generate and config.output_logits:
+            self._logits.append(chosen)
+        if config.return_dict_in_generate and config.output_scores:
+            self._scores.append(scores)
+        if config.do_sample:
+            tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+        else:
+            tokens = scores.argmax(dim=-1)
+        if self._has_end:
+            tokens = tokens * self._running + config._pad_token_tensor.to(tokens.device) * (1 - self._running)
+        self.ids = torch.cat([self.ids, tokens[:, None]], dim=-1)
+        self._running = self._running & ~self._criteria(self.ids, scores)
+        self._ends.append(_Arrival(self._running.max() == 0, tokens))
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """The last tokens, (B, 1)."""
+        return self.ids[:, -1:]
+
+    def had_ended(self, streamer: BaseStreamer | None) -> bool:
+        """Whether the step before the last one was the end."""
+        return self._ends.pop(0).read(streamer)
+
+    def take_back(self, cache: PrefillSelectionCache) -> None:
+        """Undoes the last step."""
+        self.ids = self.ids[:, :-1]
+        self._ends.clear()
+        for kept in (self._scores, self._logits):
+            del kept[-1:]
+        cache.crop(-1)
+
+    def finish(self, streamer: BaseStreamer | None) -> None:
+        """Waits for what has not been looked at."""
+        for end in self._ends:
+            end.read(streamer)
+        if streamer is not None:
+            streamer.end()
+
+    def result(self, cache: PrefillSelectionCache) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        """What `generate` returns."""
+        if not self._config.return_dict_in_generate:
+            return self.ids
+        names = [field.name for field in fields(GenerateDecoderOnlyOutput)]
+        name = next(name for name in _CACHE_ARGUMENTS if name in names)
+        return GenerateDecoderOnlyOutput(
+            sequences=self.ids,
+            scores=tuple(self._scores) if self._config.output_scores else None,
+            logits=tuple(self._logits) if self._config.output_logits else None,
+            **{name: cache},
+        )
+
+
+class _Step:
+    """The inputs of a decoding step, made once and changed in place."""
+
+    def __init__(self, inputs: dict[str, Any], cache: PrefillSelectionCache) -> None:
+        self._inputs = inputs
+        self._cache = cache
+        mask = inputs["attention_mask"]
+        self._masks = list(mask.values()) if isinstance(mask, dict) else [mask]
+
+    def inputs(self, loop: _Loop) -> Iterator[dict[str, Any]]:
+        """The inputs of one step after another, until the sequences are full."""
+        yield self._inputs
+        while not loop.is_full:
+            self._cache.get_mask_sizes(1, 0)  # tells the cache of the step
+            self._inputs["input_ids"].copy_(loop.tokens)
+            if "position_ids" in self._inputs:
+                self._inputs["position_ids"].add_(1)
+            for mask in self._masks:
+                # The slot that this step writes becomes visible: True, or 0 where the mask is added to the logits.
+                mask.index_fill_(-1, self._cache.layers[0].filled.view(1), mask.dtype == torch.bool)
+            yield self._inputs
+
+
+class _Arrival:
+    """A number on its way from the device, with the tokens for a streamer."""
+
+    def __init__(self, has_ended: torch.Tensor, tokens: torch.Tensor) -> None:
+        self._has_ended = has_ended
+        self._tokens = tokens
+        self._event: torch.cuda.Event | None = None
+        if has_ended.device.type == "cuda":
+            self._has_ended = torch.empty_like(has_ended, device="cpu", pin_memory=True)
+            self._has_ended.copy_(has_ended, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(has_ended.device))
+
+    def read(self, streamer: BaseStreamer | None) -> bool:
+        """Waits for it; gives the tokens to a streamer."""
+        if self._event is not None:
+            self._event.synchronize()
+        if streamer is not None:
+            streamer.put(self._tokens.cpu())
+        return bool(self._has_ended)
