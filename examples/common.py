@@ -4,6 +4,8 @@ import argparse
 import contextlib
 from pathlib import Path
 
+import torch
+
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -41,6 +43,19 @@ def output_file(text: str) -> Path:
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"no such folder: {str(path.parent)!r}")
     return path
+
+
+def choose_device(text: str) -> torch.device:
+    """An argparse type: a torch device that is there; "auto" is the GPU if there is one, else the CPU."""
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"cannot use {text!r}: {reason}") from error
+    return device
 
 
 def family_arguments(default_model: str) -> argparse.ArgumentParser:

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import mmshiftkv
-from common import DTYPES, positive_integer
+from common import DTYPES, choose_device, positive_integer
 from comparison import Recall, Result, Setup, draw_plot, recall_table, record, table
 from recall import decode_attention, recall
 from scoring import estimate, summarize
@@ -101,19 +101,6 @@ def measure(model: Any, processor: Any, setups: Sequence[Setup], arguments: argp
             )
         )
     return results
-
-
-def choose_device(text: str) -> torch.device:
-    """An argparse type: a torch device that is there; "auto" is the GPU if there is one, else the CPU."""
-    if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(text)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"cannot use {text!r}: {reason}") from error
-    return device
 
 
 def output_file(text: str) -> Path:

@@ -24,8 +24,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from common import DTYPES, output_file, positive_integer
-from compare import DEFAULT_MODEL, NEED_MATPLOTLIB, batches, choose_device
+from common import DTYPES, choose_device, output_file, positive_integer
+from compare import DEFAULT_MODEL, NEED_MATPLOTLIB, batches
 from comparison import device_name
 from mmshiftkv import PrefillSelectionCache, ShiftKVConfig
 from mmshiftkv.policies import ShiftKV

@@ -143,7 +143,7 @@ def test_chunks_that_look_like_turns_are_warned_of():
     with pytest.warns(UserWarning, match='a second pass of 16 tokens.*prefill="chunked"'):
         greedy(model, inputs, ShiftKVCache(model, budget=4), prefill_chunk_size=16)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         greedy(model, inputs, ShiftKVCache(model, budget=4, prefill="chunked"), prefill_chunk_size=16)
         cache = ShiftKVCache(model, budget=4)
         greedy(model, inputs, cache)

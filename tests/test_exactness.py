@@ -30,6 +30,13 @@ def assert_same(one, other):
         assert mine.equal(theirs), f"logits of step {step} differ by {(mine - theirs).abs().max()}"
 
 
+def assert_close(one, other, tolerance=1e-4):
+    """The same tokens; attention over slots that are masked sums in another order."""
+    assert one.sequences.equal(other.sequences)
+    for mine, theirs in zip(one.logits, other.logits, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -41,7 +48,11 @@ def test_real_image_prompts(vision_case, family, attention, rows):
     length = inputs["input_ids"].shape[1]
     for settings in ({"budget": length}, {"budget": 1.0}, {"budget": length + 1, "max_new_tokens": NEW_TOKENS}):
         cache = ShiftKVCache(case.model, **settings)
-        assert_same(generate(case.model, inputs, cache), expected)
+        found = generate(case.model, inputs, cache)
+        if "max_new_tokens" in settings:
+            assert_close(found, expected)
+        else:
+            assert_same(found, expected)
         assert cache.kept_indices(0).shape[-1] == length
         assert cache.report().tokens_stored == cache.get_seq_length() == cache.report().tokens_seen
 
@@ -57,16 +68,9 @@ def test_half_precision(dtype):
 @pytest.mark.parametrize("budget", [1, 4, 39])
 def test_max_new_tokens_changes_storage_and_not_results(budget):
     model, inputs = models.text_model(), {"input_ids": models.prompt_ids()}
-    growing, reserved = (ShiftKVCache(model, budget=budget, max_new_tokens=room) for room in (None, NEW_TOKENS))
-    assert_same(generate(model, inputs, growing), generate(model, inputs, reserved))
-    addresses = [layer.storage[0].shape[2] for layer in reserved.layers]
-    assert addresses == [budget + NEW_TOKENS] * 3
-
-
-def test_more_new_tokens_than_reserved_are_stored_too():
-    model, inputs = models.text_model(), {"input_ids": models.prompt_ids()}
-    growing, reserved = ShiftKVCache(model, budget=9), ShiftKVCache(model, budget=9, max_new_tokens=2)
-    assert_same(generate(model, inputs, growing), generate(model, inputs, reserved))
+    growing, fixed = (ShiftKVCache(model, budget=budget, max_new_tokens=room) for room in (None, NEW_TOKENS))
+    assert_close(generate(model, inputs, growing), generate(model, inputs, fixed))
+    assert [layer.slots for layer in fixed.layers] == [budget + NEW_TOKENS] * 3
 
 
 @pytest.mark.parametrize("family", ["vicuna", "qwen2_5_vl"])

@@ -31,10 +31,10 @@ def model():
 
 
 @settings(max_examples=40, deadline=None)
-@given(pieces=st.lists(st.integers(1, 90), min_size=1, max_size=8), reserve=st.sampled_from([0, 5, 300]))
-def test_what_is_appended_in_pieces_is_stored_in_order(pieces, reserve):
+@given(pieces=st.lists(st.integers(1, 90), min_size=1, max_size=8))
+def test_what_is_appended_in_pieces_is_stored_in_order(pieces):
     keys, values = states(tokens=sum(pieces))
-    layer = SelectedLayer(reserve)
+    layer = SelectedLayer()
     for part_keys, part_values in zip(keys.split(pieces, dim=2), values.split(pieces, dim=2), strict=True):
         found = layer.update(part_keys, part_values)
     assert found[0].equal(keys)
@@ -55,7 +55,7 @@ def test_storage_grows_in_steps_and_not_with_every_token():
     assert layer.allocated_bytes < 1.4 * 608 * layer.bytes_per_token
 
 
-def test_reserved_storage_stays_in_place(model):
+def test_fixed_storage_stays_in_place(model):
     cache = compressed(model, max_new_tokens=50)
     before = [layer.storage[0].data_ptr() for layer in cache.layers]
     with torch.no_grad():

@@ -74,7 +74,7 @@ def test_the_policy_of_the_contributor_notes():
     prefill(model, cache, models.prompt_ids())
     values = []
     update = names["cache"].update
-    names["cache"].update = lambda keys, states, index: values.append(states) or update(keys, states, index)
+    names["cache"].update = lambda keys, states, index, **_: values.append(states) or update(keys, states, index)
     prefill(model, names["cache"], models.prompt_ids())
     best = values[0].norm(dim=-1)[..., :-1].topk(3).indices.sort().values
     assert cache.kept_indices(0)[..., :-1].equal(best)

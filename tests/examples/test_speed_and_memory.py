@@ -1,15 +1,148 @@
 import json
+import platform
+import re
+import sys
 
 import pytest
+import torch
+import transformers
+from PIL import Image
 
 import speed_and_memory
 from random_models import random_model
+from tiny_llava import save_tiny_llava
+
+SMALL = ["--device", "cpu", "--lengths", "20", "40", "--budgets", "8", "24", "--new-tokens", "6", "--repeats", "2"]
+NAMES = ["DynamicCache", "StaticCache", "ShiftKVCache, budget 8", "ShiftKVCache, budget 24"]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """What one run with the embedded model writes: the parsed JSON file, and the path of the plot."""
+    folder = tmp_path_factory.mktemp("decode")
+    options = ["--batches", "1", "2", "--json", str(folder / "out.json"), "--plot", str(folder / "out.png")]
+    speed_and_memory.main([*SMALL, *options])
+    return json.loads((folder / "out.json").read_text(encoding="utf-8")), folder
+
+
+def test_json_holds_settings_versions_and_rows(written):
+    record, _ = written
+    assert record["settings"] == {
+        "model": "tiny_qwen2_5_vl",
+        "model_bytes": record["settings"]["model_bytes"],
+        "dtype": "float32",
+        "attention": "sdpa",
+        "lengths": [20, 40],
+        "batches": [1, 2],
+        "budgets": [8, 24],
+        "caches": ["dynamic", "static", "shiftkv"],
+        "new_tokens": 6,
+        "repeats": 2,
+        "untimed_tokens": 4,
+    }
+    assert record["environment"]["device"] == "cpu"
+    assert record["environment"]["torch"] == torch.__version__
+    assert record["environment"]["transformers"] == transformers.__version__
+    assert record["environment"]["python"] == platform.python_version()
+    assert record["environment"]["triton"]
+    cases = [(row["batch"], row["tokens"], row["cache"]) for row in record["rows"]]
+    assert cases == [(batch, tokens, name) for batch in (1, 2) for tokens in (20, 40) for name in NAMES]
+
+
+def test_every_row_has_times_and_says_that_a_cpu_compiles_nothing(written):
+    for row in written[0]["rows"]:
+        assert 0 < row["fastest"] <= row["milliseconds"] <= row["slowest"]
+        assert row["tokens_per_second"] == pytest.approx(1e3 * row["batch"] / row["milliseconds"])
+        assert row["new_tokens"] == 6
+        assert row["decoding"] == "eager"
+        assert row["graphs"] == row["graphs_while_measured"] == row["cudagraph_skips"] == 0
+        assert row["peak_bytes"] is row["decoding_bytes"] is row["error"] is None
+
+
+def test_caches_hold_what_they_were_made_for(written):
+    slot = 6 * 2 * 2 * 32 * 4  # layers, keys and values, KV heads, features, bytes
+    for row in written[0]["rows"]:
+        slots = {
+            "DynamicCache": row["tokens"] + 5,  # the last token is never put in
+            "StaticCache": row["tokens"] + 6,
+            "ShiftKVCache, budget 8": 8 + 6,
+            "ShiftKVCache, budget 24": 24 + 6,
+        }[row["cache"]]
+        assert row["cache_bytes"] == row["batch"] * slots * slot
+
+
+def test_the_plot_is_an_image(written):
+    with Image.open(written[1] / "out.png") as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 300
+
+
+def test_the_table_has_a_line_for_each_row(capsys):
+    speed_and_memory.main([*SMALL, "--random-weights", "tiny", "--batches", "1", "--caches", "dynamic", "shiftkv"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == ["tiny, random weights, float32, cpu: 6 new tokens", ""]
+    header, *lines = [re.split(r"  +", line.strip()) for line in printed[2 : printed.index("", 2)]]
+    assert header[:5] == ["batch", "tokens", "cache", "decoding", "ms/token"]
+    assert [line[:4] for line in lines] == [
+        ["1", tokens, name, "eager"] for tokens in ("20", "40") for name in NAMES if name != "StaticCache"
+    ]
+
+
+def test_records_are_read_together(written, tmp_path, capsys):
+    record, folder = written
+    for batch in (1, 2):
+        rows = [row for row in record["rows"] if row["batch"] == batch]
+        (tmp_path / f"{batch}.json").write_text(json.dumps({**record, "rows": rows}))
+    speed_and_memory.main(["--read", str(folder / "out.json")])
+    whole = capsys.readouterr().out
+    halves = [str(tmp_path / "1.json"), str(tmp_path / "2.json")]
+    speed_and_memory.main(["--read", *halves, "--plot", str(tmp_path / "out.png")])
+    assert capsys.readouterr().out == whole
+    assert (tmp_path / "out.png").read_bytes() == (folder / "out.png").read_bytes()
+    record["settings"] = {**record["settings"], "model": "another"}
+    (tmp_path / "2.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match="cannot be shown together: another, float32, cpu: 6 new tokens; tiny"):
+        speed_and_memory.main(["--read", *halves])
+    (tmp_path / "2.json").write_text("{}")
+    with pytest.raises(SystemExit, match="error: "):
+        speed_and_memory.main(["--read", *halves])
+
+
+def test_another_family(tmp_path, capsys):
+    save_tiny_llava(tmp_path)
+    options = ["--model", str(tmp_path), "--batches", "2", "--lengths", "30", "--caches", "shiftkv", "--attn", "eager"]
+    speed_and_memory.main([*SMALL, *options])
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{tmp_path.name}, float32, cpu: 6 new tokens\n")
+    assert "ShiftKVCache, budget 24" in printed
+
+
+def test_lengths_need_positions(capsys):
+    with pytest.raises(SystemExit, match=r"with 6 new tokens \[8187\] are more than the model's 8192 positions"):
+        speed_and_memory.main([*SMALL, "--lengths", "20", "8187"])
+    arguments = speed_and_memory.parse_arguments(["--device", "cpu", "--new-tokens", "7900"])
+    model = speed_and_memory.load_model(arguments)
+    assert speed_and_memory.fitting_lengths(model, arguments) == [256]
+    assert "left out: with 7900 new tokens [512, 1024] are more than" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=re.escape(str(tmp_path))):
+        speed_and_memory.main([*SMALL, "--model", str(tmp_path)])
 
 
 def test_the_selection_is_measured_step_by_step(tmp_path, capsys):
     speed_and_memory.main(["--selection", "--tiny", "--repeats", "2", "--json", str(tmp_path / "out.json")])
     printed = capsys.readouterr().out
     record = json.loads((tmp_path / "out.json").read_text())
+    assert record["settings"] == {
+        "selection": True,
+        "lengths": [33, 64],
+        "batches": [1],
+        "budget": 8,
+        "repeats": 2,
+        "tiny": True,
+    }
     assert [(row["batch"], row["tokens"]) for row in record["selection"]] == [(1, 33), (1, 64)]
     assert [(row["cache"], row["tokens"]) for row in record["prefill"]] == [
         ("DynamicCache", 33),
@@ -24,17 +157,41 @@ def test_the_selection_is_measured_step_by_step(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
-        ([], "give --selection"),
-        (["--selection", "--lengths", "0"], "at least 1"),
-        (["--selection", "--json", "no/x"], "no"),
+        (["--lengths", "0"], "--lengths: needs a whole number, at least 1, got '0'"),
+        (["--batches", "-1"], "--batches: needs a whole number, at least 1, got '-1'"),
+        (["--budgets", "0.5"], "--budgets/--budget: needs a whole number, at least 1, got '0.5'"),
+        (["--new-tokens", "4"], "--new-tokens 4: the first 4 of a run are not timed"),
+        (["--repeats", "0"], "--repeats: needs a whole number"),
+        (["--caches", "quantized"], "'quantized' (choose from"),
+        (["--random-weights", "gpt"], "'gpt' (choose from"),
+        (["--random-weights", "tiny", "--model", "x"], "--model: not allowed with argument --random-weights"),
+        (["--random-weights", "tiny", "--dtype", "auto"], "--dtype auto is that of a checkpoint"),
+        (["--device", "toaster"], "--device: cannot use 'toaster'"),
+        (["--json", "nowhere/out.json"], "--json: no such folder: 'nowhere'"),
+        (["--plot", "nowhere/out.png"], "--plot: no such folder: 'nowhere'"),
+        (["--read", "nowhere.json"], "--read: no such file: 'nowhere.json'"),
+        (["--tiny"], "--random-weights tiny"),
+        (["--selection", "--tiny", "--lengths", "0"], "at least 1"),
+        (["--selection", "--tiny", "--json", "no/x"], "no such folder: 'no'"),
+        (["--selection", "--tiny", "--plot", "x.png"], "--plot goes without --selection"),
+        (["--selection", "--tiny", "--random-weights", "tiny"], "--random-weights goes without --selection"),
+        (["--selection", "--tiny", "--budgets", "8", "16"], "--selection takes one budget, got [8, 16]"),
     ],
 )
-def test_bad_arguments_are_named(arguments, words, capsys):
-    with pytest.raises(SystemExit):
+def test_bad_arguments_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
         speed_and_memory.main(arguments)
-    assert words in capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_matplotlib_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        speed_and_memory.main(["--plot", "out.png"])
+    assert '--plot needs matplotlib: pip install "mmshiftkv[plot]"' in capsys.readouterr().err
 
 
 def test_an_unknown_shape_is_named():
