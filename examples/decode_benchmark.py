@@ -238,11 +238,11 @@ def schedule(
 
     torch.compile keeps what it compiled for the whole process. When it meets a second size where it has seen another,
     it compiles for any size, which is slower, and after a few more it gives up; so each cache that is compiled starts
-    with nothing, or the others' sizes, and StaticCache's own at other lengths, would count against it. Only everything
-    can be forgotten at once. Therefore a compiled cache has all lengths one after another: StaticCache starts anew at
-    each; ShiftKVCache only at the first, since its one compilation has to serve them all, and `decode_ahead` as well. Caches for which nothing is
-    compiled neither mind nor disturb: their runs are spread over the others', so that if the machine gets faster or
-    slower meanwhile, their fastest and slowest runs show it.
+    with nothing, or the others' sizes, and StaticCache's own at other lengths, would count against it. Only
+    everything can be forgotten at once. Therefore a compiled cache has all lengths one after another: StaticCache
+    starts anew at each; ShiftKVCache only at the first, since its one compilation has to serve them all, and
+    `decode_ahead` as well. Caches for which nothing is compiled neither mind nor disturb: their runs are spread over
+    the others', so that if the machine gets faster or slower meanwhile, their fastest and slowest runs show it.
     """
     owners: list[CacheKind | None] = [kind for kind in kinds if kind.name in compiled]
     guests = [kind for kind in kinds if kind.name not in compiled]

@@ -70,6 +70,22 @@ def test_the_costs_are_those_on_record():
         ]
 
 
+def test_the_times_per_token_are_those_on_record():
+    recorded = json.loads((ROOT / "examples" / "results" / "decoding.json").read_text(encoding="utf-8"))
+    lengths = recorded["settings"]["lengths"]
+    assert (
+        f"--lengths {' '.join(map(str, lengths))} --batches 1 --new-tokens {recorded['settings']['new_tokens']}"
+        in README
+    )
+    for name in {row["cache"] for row in recorded["rows"]}:
+        (found,) = re.findall(rf"^\| {name} \| (.*) \|$", README, re.M)
+        rows = [
+            row for tokens in lengths for row in recorded["rows"] if (row["cache"], row["tokens"]) == (name, tokens)
+        ]
+        cells = [f"{row['milliseconds']:.2f} ms, {row['cache_bytes'] / 2**20:,.0f} MiB" for row in rows]
+        assert found.split(" | ") == [rows[0]["decoding"], *cells]
+
+
 def test_the_settings_are_all_there():
     from dataclasses import fields
 

@@ -39,7 +39,8 @@ class ShiftKVConfig:
         last_query_share: share of the tokens kept, rounded down, that is set aside for those with the most attention of
             the last prompt token's query; the others are kept by their score.  In [0, 1); 0 is the published method.
         seed: seed of the samples, from 0 to 2**32 - 1; torch's global random state is neither read nor changed.
-        max_new_tokens: tokens to reserve storage for behind the prompt; None: storage grows.
+        max_new_tokens: room for so many tokens behind what is kept of the prompt, in storage that stays where it is, so
+            that `generate` compiles decoding; None: storage grows, and decoding is eager.
         prefill: "single" when one forward pass holds the whole prompt, "chunked" when several do.
         prompt_length: only with `prefill="chunked"`: columns of the whole prompt, which tell that it is complete.
             None: the first forward pass with a single token ends the prompt.

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import CompileConfig, GenerationConfig
@@ -115,6 +117,20 @@ def test_what_is_compiled_has_the_lengths_in_a_row_and_the_others_take_turns():
     assert turns_of(turns[half:], "dynamic") == [(10, True, False), (20, True, False)]
 
 
+def test_what_runs_what_was_compiled_before_follows_it_and_starts_nothing_anew():
+    small, large = CacheKind("small", None), CacheKind("large", None)
+    kinds = [kind for plain in (small, large) for kind in (plain, decode_ahead_kind(plain))]
+    turns = list(schedule(kinds, {kind.name for kind in kinds}, [10, 20], 1))
+    for place, kind in enumerate(kinds):
+        first = not kind.compiled_before
+        assert turns[4 * place : 4 * place + 4] == [
+            Turn(kind, 10, False, starts_anew=first),
+            Turn(kind, 10, True),
+            Turn(kind, 20, False),
+            Turn(kind, 20, True),
+        ]
+
+
 def test_without_compilation_all_take_turns_run_by_run():
     one, two = CacheKind("one", None), CacheKind("two", None)
     turns = list(schedule([one, two], set(), [10, 20], 1))
@@ -125,15 +141,15 @@ def test_one_compilation_serves_shiftkv_at_all_lengths_and_static_needs_one_at_e
     compiling = CompileConfig(backend="eager", mode=None)  # counts graphs, and takes no compiler
     compiling._compile_all_devices = True
     kinds = [
-        CacheKind(kind.name, kind.make_cache, {"compile_config": compiling}, kind.compiled_by_length)
-        for kind in (static_kind(model), shiftkv_kind(model, 4))
+        replace(kind, generate={"compile_config": compiling}) for kind in (static_kind(model), shiftkv_kind(model, 4))
     ]
+    kinds.append(decode_ahead_kind(kinds[-1]))
     measurement = Measurement(model, kinds, 2, [12, 20, 28], 6)
     for turn in schedule(kinds, {kind.name for kind in kinds}, [12, 20, 28], 1):
         measurement.run(turn)
     rows = measurement.rows()
-    assert [row.graphs for row in rows if row.cache == "StaticCache"] == [1, 1, 1]
-    assert [row.graphs for row in rows if row.cache != "StaticCache"] == [1, 0, 0]
+    graphs = [[row.graphs for row in rows if row.cache == kind.name] for kind in kinds]
+    assert graphs == [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
     assert not any(row.graphs_while_measured or row.cudagraph_skips for row in rows)
 
 

@@ -13,7 +13,8 @@ from random_models import random_model
 from tiny_llava import save_tiny_llava
 
 SMALL = ["--device", "cpu", "--lengths", "20", "40", "--budgets", "8", "24", "--new-tokens", "6", "--repeats", "2"]
-NAMES = ["DynamicCache", "StaticCache", "ShiftKVCache, budget 8", "ShiftKVCache, budget 24"]
+SHIFTKV = ["ShiftKVCache, budget 8", "ShiftKVCache, budget 24"]
+NAMES = ["DynamicCache", "StaticCache", *(name + how for name in SHIFTKV for how in ("", ", decode_ahead"))]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_caches_hold_what_they_were_made_for(written):
             "StaticCache": row["tokens"] + 6,
             "ShiftKVCache, budget 8": 8 + 6,
             "ShiftKVCache, budget 24": 24 + 6,
-        }[row["cache"]]
+        }[row["cache"].removesuffix(", decode_ahead")]
         assert row["cache_bytes"] == row["batch"] * slots * slot
 
 
