@@ -79,6 +79,33 @@ def test_the_end_may_come_at_any_token(count):
     assert answers[0].equal(answers[1])
 
 
+def test_the_end_may_come_with_the_last_slot():
+    model = models.text_model()
+    criteria = StoppingCriteriaList([EndsAt(40 + 5)])
+    for options in ({}, {"custom_generate": decode_ahead}):
+        cache = ShiftKVCache(model, budget=9, max_new_tokens=4)
+        found = model.generate(
+            models.prompt_ids(), past_key_values=cache, max_new_tokens=30, stopping_criteria=criteria, **options
+        )
+        assert found.shape == (1, 45)
+        assert cache.report().tokens_stored == 13
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_storage_may_be_moved_in_the_middle_of_a_later_answer(attention):
+    model = models.text_model(attention=attention)
+    answers = []
+    for room, options in ((None, {}), (14, {}), (14, {"custom_generate": decode_ahead})):
+        cache = ShiftKVCache(model, budget=9, max_new_tokens=room)
+        options = {"do_sample": False, **options}
+        ids = model.generate(models.prompt_ids(), past_key_values=cache, max_new_tokens=3, **options)
+        turn = torch.cat([ids, models.prompt_ids(1, 4, seed=5)], dim=1)
+        answers.append(model.generate(turn, past_key_values=cache, max_new_tokens=25, min_new_tokens=25, **options))
+    assert cache.layers[0].slots == 46
+    assert answers[0].equal(answers[1])
+    assert answers[0].equal(answers[2])
+
+
 def test_a_later_turn_of_a_conversation():
     model = models.text_model()
     answers = []

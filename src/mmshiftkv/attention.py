@@ -12,6 +12,8 @@ from torch import nn
 
 from shiftkv_kernels import rotate_queries
 
+# What models and `generate` call the cache: since transformers 5.24, and before.
+CACHE_ARGUMENTS = ("cache", "past_key_values")
 # What an attention module may have that changes its logits in a way the proxies' logits would miss.
 _FOREIGN_PARTS = {
     "sinks": "attention sinks",
@@ -254,8 +256,8 @@ class _KeyRecorder:
 
 def _keys_of(module: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     recorder = _KeyRecorder()
-    # transformers 5.24 has renamed the argument.
-    name = "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+    parameters = inspect.signature(module.forward).parameters
+    name = next((name for name in CACHE_ARGUMENTS if name in parameters), CACHE_ARGUMENTS[-1])
     try:
         module(hidden_states=hidden, position_embeddings=(cos, sin), attention_mask=None, **{name: recorder})
     except _KeysSeen:

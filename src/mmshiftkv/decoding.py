@@ -9,9 +9,8 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
+from .attention import CACHE_ARGUMENTS
 from .cache import PrefillSelectionCache
-
-_CACHE_ARGUMENTS = ("cache", "past_key_values")  # since transformers 5.24, and before
 
 
 def decode_ahead(
@@ -77,7 +76,7 @@ def decode_ahead(
 def _checked_cache(
     model_kwargs: dict[str, Any], generation_config: GenerationConfig, synced_gpus: bool
 ) -> PrefillSelectionCache:
-    cache = next((model_kwargs[name] for name in _CACHE_ARGUMENTS if model_kwargs.get(name) is not None), None)
+    cache = next((model_kwargs[name] for name in CACHE_ARGUMENTS if model_kwargs.get(name) is not None), None)
     if not isinstance(cache, PrefillSelectionCache) or not cache.is_compileable:
         raise ValueError(
             f"decode_ahead needs a cache of mmshiftkv that was built with max_new_tokens, and nothing in the way of "
@@ -113,7 +112,6 @@ class _Loop:
         self._has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         self._scores: list[torch.Tensor] = []
         self._logits: list[torch.Tensor] = []
-        self._tokens: torch.Tensor
         self._ends: list[_Arrival] = []
 
     @property
@@ -149,6 +147,10 @@ class _Loop:
         """Whether the step before the last one was the end."""
         return self._ends.pop(0).read(streamer)
 
+    def has_ended(self) -> bool:
+        """Whether the last step was the end; waits for it."""
+        return self._ends[-1].has_ended()
+
     def take_back(self, cache: PrefillSelectionCache) -> None:
         """Undoes the last step."""
         self.ids = self.ids[:, :-1]
@@ -169,7 +171,7 @@ class _Loop:
         if not self._config.return_dict_in_generate:
             return self.ids
         names = [field.name for field in fields(GenerateDecoderOnlyOutput)]
-        name = next(name for name in _CACHE_ARGUMENTS if name in names)
+        name = next(name for name in CACHE_ARGUMENTS if name in names)
         return GenerateDecoderOnlyOutput(
             sequences=self.ids,
             scores=tuple(self._scores) if self._config.output_scores else None,
@@ -184,21 +186,34 @@ class _Step:
     def __init__(self, inputs: dict[str, Any], cache: PrefillSelectionCache) -> None:
         self._inputs = inputs
         self._cache = cache
-        mask = inputs["attention_mask"]
-        self._masks = list(mask.values()) if isinstance(mask, dict) else [mask]
 
     def inputs(self, loop: _Loop) -> Iterator[dict[str, Any]]:
         """The inputs of one step after another, until the sequences are full."""
         yield self._inputs
         while not loop.is_full:
-            self._cache.get_mask_sizes(1, 0)  # tells the cache of the step
+            try:
+                slots, _ = self._cache.get_mask_sizes(1, 0)  # tells the cache of the step
+            except ValueError:
+                if loop.has_ended():
+                    return
+                raise
             self._inputs["input_ids"].copy_(loop.tokens)
             if "position_ids" in self._inputs:
                 self._inputs["position_ids"].add_(1)
-            for mask in self._masks:
-                # The slot that this step writes becomes visible: True, or 0 where the mask is added to the logits.
-                mask.index_fill_(-1, self._cache.layers[0].filled.view(1), mask.dtype == torch.bool)
+            mask = self._inputs["attention_mask"]
+            if isinstance(mask, dict):
+                self._inputs["attention_mask"] = {kind: self._next_mask(part, slots) for kind, part in mask.items()}
+            else:
+                self._inputs["attention_mask"] = self._next_mask(mask, slots)
             yield self._inputs
+
+    def _next_mask(self, mask: torch.Tensor, slots: int) -> torch.Tensor:
+        """The mask (B, 1, 1, slots) that shows the slot which this step writes as well."""
+        # Masks hold True or False, or are added to the logits.
+        shown, hidden = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
+        if mask.shape[-1] < slots:  # the cache has moved to larger storage
+            mask = torch.nn.functional.pad(mask, (0, slots - mask.shape[-1]), value=hidden)
+        return mask.index_fill_(-1, self._cache.layers[0].filled.view(1), shown)
 
 
 class _Arrival:
@@ -214,10 +229,14 @@ class _Arrival:
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(has_ended.device))
 
-    def read(self, streamer: BaseStreamer | None) -> bool:
-        """Waits for it; gives the tokens to a streamer."""
+    def has_ended(self) -> bool:
+        """Waits for it."""
         if self._event is not None:
             self._event.synchronize()
+        return bool(self._has_ended)
+
+    def read(self, streamer: BaseStreamer | None) -> bool:
+        """As `has_ended`; gives the tokens to a streamer."""
         if streamer is not None:
             streamer.put(self._tokens.cpu())
-        return bool(self._has_ended)
+        return self.has_ended()

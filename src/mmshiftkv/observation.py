@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .attention import CACHE_ARGUMENTS
 from .decoder import Decoder
 
 # Registering a hook is not atomic in torch, and caches of one model may live in several threads.  Reentrant, because
 # a cache that dies while the lock is held takes its hooks off in the same thread.
 _hook_lock = threading.RLock()
 _armed: "weakref.WeakSet[Observer]" = weakref.WeakSet()
-_CACHE_ARGUMENTS = ("cache", "past_key_values")  # since transformers 5.24, and before
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class _Hook:
 
     def _is_mine(self, kwargs: dict[str, Any] | None) -> bool:
         cache = self._owner()
-        return kwargs is not None and cache is not None and any(kwargs.get(name) is cache for name in _CACHE_ARGUMENTS)
+        return kwargs is not None and cache is not None and any(kwargs.get(name) is cache for name in CACHE_ARGUMENTS)
 
     # In another thread's forward pass torch may have just taken the mark off that says "with kwargs": then they are
     # missing, and the call is not this cache's.

@@ -1,4 +1,4 @@
-"""Room for a known number of new tokens, so that decoding can be compiled, and that it is never overrun."""
+"""Storage with room for a known number of new tokens, so that decoding can be compiled, and never more than fit."""
 
 import logging
 from numbers import Integral
