@@ -50,14 +50,12 @@ class CacheKind:
         make_cache: (prompt tokens, new tokens) -> a new cache with room for them.
         generate: further keyword arguments of `generate`.
         compiled_by_length: whether its storage, and with it what is compiled, depends on the prompt's length.
-        compiled_before: whether it runs what was compiled for the kind before it.
     """
 
     name: str
     make_cache: Callable[[int, int], Cache]
     generate: Mapping[str, Any] = field(default_factory=dict)
     compiled_by_length: bool = False
-    compiled_before: bool = False
 
     def decoding_on(self, device: torch.device, tokens: int, new_tokens: int) -> str:
         """What `generate` makes of it: "compiled" or "eager"."""
@@ -88,9 +86,9 @@ def shiftkv_kind(model: Any, budget: int) -> CacheKind:
 
 
 def decode_ahead_kind(kind: CacheKind) -> CacheKind:
-    """The same cache, decoded by this package's own loop."""
+    """The same cache, decoded by this package's own loop, and compiled by its own backend."""
     generate = {**kind.generate, "custom_generate": decode_ahead}
-    return replace(kind, name=f"{kind.name}, decode_ahead", generate=generate, compiled_before=True)
+    return replace(kind, name=f"{kind.name}, decode_ahead", generate=generate)
 
 
 @dataclass(frozen=True)
@@ -240,9 +238,9 @@ def schedule(
     it compiles for any size, which is slower, and after a few more it gives up; so each cache that is compiled starts
     with nothing, or the others' sizes, and StaticCache's own at other lengths, would count against it. Only
     everything can be forgotten at once. Therefore a compiled cache has all lengths one after another: StaticCache
-    starts anew at each; ShiftKVCache only at the first, since its one compilation has to serve them all, and
-    `decode_ahead` as well. Caches for which nothing is compiled neither mind nor disturb: their runs are spread over
-    the others', so that if the machine gets faster or slower meanwhile, their fastest and slowest runs show it.
+    starts anew at each; ShiftKVCache only at the first, since its one compilation has to serve them all. Caches for
+    which nothing is compiled neither mind nor disturb: their runs are spread over the others', so that if the machine
+    gets faster or slower meanwhile, their fastest and slowest runs show it.
     """
     owners: list[CacheKind | None] = [kind for kind in kinds if kind.name in compiled]
     guests = [kind for kind in kinds if kind.name not in compiled]
@@ -252,8 +250,7 @@ def schedule(
             for run in range(repeats + 1):
                 if owner is not None:
                     is_first = owner.compiled_by_length or tokens == lengths[0]
-                    anew = run == 0 and is_first and not owner.compiled_before
-                    yield Turn(owner, tokens, run > 0, anew)
+                    yield Turn(owner, tokens, run > 0, run == 0 and is_first)
                 if place == (max(run - 1, 0) % len(owners)):
                     yield from (Turn(guest, tokens, run > 0) for guest in guests)
 

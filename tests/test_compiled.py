@@ -158,6 +158,21 @@ class TestStorage:
             assert [layer.slots for layer in cache.layers] == [slots] * 3
             assert cache.report().bytes_stored == 3 * slots * 2 * 2 * 16 * 4 * 2
 
+    def test_at_the_shape_of_a_7b_model(self):
+        """Qwen2.5-VL-7B has 28 layers of 4 KV heads of 128; its 32,768 tokens would be 1.75 GiB."""
+        shape = {
+            "num_hidden_layers": 28,
+            "hidden_size": 56,
+            "head_dim": 128,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+        }
+        model = models.text_model(**shape).to(torch.bfloat16)
+        cache = prefill(model, ShiftKVCache(model, budget=64, max_new_tokens=256), models.prompt_ids(1, 100))
+        assert cache.report().bytes_stored == 17.5 * 2**20
+        storage = [part.untyped_storage().nbytes() for layer in cache.layers for part in (layer.keys, layer.values)]
+        assert sum(storage) == 17.5 * 2**20
+
     def test_what_was_there_before_does_not_matter(self, model):
         """Slots not yet written are multiplied by zero, so they must hold numbers."""
         inputs = models.prompt_ids()

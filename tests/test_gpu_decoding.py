@@ -7,15 +7,18 @@ import importlib.util
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import DynamicCache
+from torch.profiler import ProfilerActivity, profile
+from transformers import CompileConfig, DynamicCache
 
 import models
-from mmshiftkv import ShiftKVCache, decode_ahead
+from mmshiftkv import ShiftKVCache, decode_ahead, decoding_backend
 from test_exactness import assert_same, generate
 from test_gpu import on_gpu
 
 pytestmark = [pytest.mark.gpu, models.requires_gpu]
 NEW_TOKENS = 12  # those of test_exactness.generate
+MERGED = {"compile_config": CompileConfig(backend=decoding_backend, mode=None)}
+AHEAD = {"custom_generate": decode_ahead}
 needs_flash = pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="needs flash-attn")
 
 
@@ -46,32 +49,48 @@ def test_compiled_decoding_is_eager_decoding(vision_case, attention, dtype, tole
     for rows in (1, 3):
         inputs = on_gpu(case.prompts(rows))
         expected = generate(model, inputs, ShiftKVCache(model, budget=40))
-        for options in ({}, {"custom_generate": decode_ahead}):
+        for options in ({}, AHEAD, MERGED):
             cache = ShiftKVCache(model, budget=40, max_new_tokens=NEW_TOKENS)
             found = generate(model, inputs, cache, **options)
             if dtype == torch.float32:
                 assert found.sequences.equal(expected.sequences)
             assert as_long_as_equal(found, expected, tolerance) >= 3
-    assert counters["stats"]["unique_graphs"] == 2  # a graph for each number of rows
+    assert counters["stats"]["unique_graphs"] == 4  # for each number of rows one with either backend
     assert not counters["graph_break"]
     assert not counters["inductor"]["cudagraph_skips"]
 
 
-def test_two_hundred_caches_in_a_row_use_one_compilation_and_one_storage():
+@pytest.mark.parametrize("options", [{}, AHEAD], ids=["generate", "decode_ahead"])
+def test_two_hundred_caches_in_a_row_use_one_compilation_and_one_storage(options):
     model = models.text_model("qwen2").to("cuda", torch.bfloat16)
     places = set()
     for index in range(200):
         tokens = 3 + 7 * (index % 60)
         cache = ShiftKVCache(model, budget=32, max_new_tokens=6)
-        model.generate(
-            models.prompt_ids(1, tokens, seed=index).cuda(), past_key_values=cache, max_new_tokens=6, do_sample=False
-        )
+        ids = models.prompt_ids(1, tokens, seed=index).cuda()
+        model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False, **options)
         places.add((*(layer.keys.data_ptr() for layer in cache.layers), cache.layers[0].filled.data_ptr()))
         del cache
         gc.collect()
     assert len(places) == 1
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["inductor"]["cudagraph_skips"]
+
+
+@pytest.mark.parametrize(("rows", "launches"), [(1, 13), (2, 0)])
+@pytest.mark.parametrize("options", [AHEAD, MERGED], ids=["decode_ahead", "generate"])
+def test_projections_of_one_row_are_merged(options, rows, launches):
+    """Four launches in each of three layers (queries, keys and values; output; gate and up; down), and the logits'."""
+    model = models.text_model().to("cuda", torch.bfloat16)
+    ids = models.prompt_ids(rows).cuda()
+    for _ in range(2):  # the second runs what the first has compiled
+        cache = ShiftKVCache(model, budget=9, max_new_tokens=NEW_TOKENS)
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            generate(model, {"input_ids": ids}, cache, min_new_tokens=NEW_TOKENS, **options)
+            torch.cuda.synchronize()
+        del cache
+    found = sum(event.name == "_project_token_kernel" for event in trace.events())
+    assert found == launches * (NEW_TOKENS - 1)
 
 
 def test_overflow_is_an_exception_and_leaves_the_device_in_order():

@@ -23,3 +23,14 @@ def test_offloaded_weights(model_type):
     torch.testing.assert_close(found, logits)
     for layer in range(3):
         assert cache.kept_indices(layer).equal(expected.kept_indices(layer))
+
+
+def test_offloaded_weights_are_not_decoded_with_in_fixed_storage():
+    offloaded = cpu_offload(models.text_model(), execution_device="cpu")
+    with pytest.warns(UserWarning, match="the weights are offloaded, or on several devices"):
+        cache = ShiftKVCache(offloaded, budget=7, max_new_tokens=5)
+    assert not cache.is_compileable
+    with torch.no_grad():
+        for tokens in (40, 1, 1):
+            offloaded(models.prompt_ids(1, tokens), past_key_values=cache, use_cache=True)
+    assert cache.report().tokens_stored == 9

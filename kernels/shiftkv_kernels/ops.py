@@ -7,6 +7,7 @@ What an operation computes is written at its namesake in `reference`.  Each take
 and raises ValueError for tensors that do not fit together, values out of range, and a backend that cannot run.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -189,6 +190,39 @@ def gather(
 
         return fused(keys, values, indices, out=out)
     return reference.gather(keys, values, indices, out=out)
+
+
+def project_token(
+    state: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    *,
+    backend: str = "auto",
+) -> list[torch.Tensor]:
+    """Linear layers (N, K) that share the state of one token, (..., K); each has its own N, and a bias (N,) or None."""
+    if state.dim() == 0 or state.numel() != state.shape[-1]:
+        raise ValueError(f"state has shape {tuple(state.shape)}, must be (..., K) with 1 in place of the dots")
+    if len(biases) != len(weights):
+        raise ValueError(f"biases has {len(biases)} entries, must have one for each of the {len(weights)} weights")
+    check_contiguous("state", state)
+    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        check_shape(f"weights[{index}]", weight, "(N, K)", (None, state.shape[-1]))
+        _check_projection(f"weights[{index}]", weight, state)
+        if bias is not None:
+            check_shape(f"biases[{index}]", bias, "(N,)", weight.shape[:1])
+            _check_projection(f"biases[{index}]", bias, state)
+    unless = None if state.dtype in _PRODUCT_DTYPES else f"it multiplies no {state.dtype}"
+    if takes_triton(backend, state.device, unless):
+        from .fused.project_token import project_token as fused
+
+        return fused(state, weights, biases)
+    return reference.project_token(state, weights, biases)
+
+
+def _check_projection(name: str, tensor: torch.Tensor, state: torch.Tensor) -> None:
+    check_dtype(name, tensor, state.dtype)
+    check_device(name, tensor, "state", state)
+    check_contiguous(name, tensor)
 
 
 def _check_out(out: tuple[torch.Tensor, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, count: int) -> None:

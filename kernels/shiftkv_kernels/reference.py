@@ -1,10 +1,11 @@
-"""The plain torch meaning of every operation of a selection; also the path taken where there is no Triton.
+"""The plain torch meaning of every operation; also the path taken where there is no Triton.
 
 Symbols: B batch, H query heads, H_kv key/value heads, T prompt tokens, D head dim, N proxies, G groups.
 Sums and softmax are float32 whatever the inputs are.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -292,3 +293,19 @@ def _store(kept: torch.Tensor, storage: torch.Tensor) -> torch.Tensor:
     storage[:, :, :count] = kept
     storage[:, :, count:] = 0
     return storage
+
+
+def project_token(
+    state: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor]:
+    """Linear layers that share the state of one token.
+
+    Args:
+        state: (..., K), all sizes but the last 1.
+        weights: (N, K) each, with an N of its own.
+        biases: (N,) or None for each of them.
+
+    Returns:
+        A (..., N) for each of them, of the inputs' dtype.
+    """
+    return [torch.nn.functional.linear(state, *parts) for parts in zip(weights, biases, strict=True)]

@@ -15,6 +15,7 @@ from .config import ShiftKVConfig
 from .decoding import decode_ahead
 from .heatmap import draw_heatmap
 from .policies import Policy
+from .projections import decoding_backend
 from .report import CacheReport
 from .selection import select_tokens
 from .visual_tokens import TokenGrid, VisualTokenMap, visual_token_map
@@ -35,6 +36,7 @@ __all__ = [
     "TokenGrid",
     "VisualTokenMap",
     "decode_ahead",
+    "decoding_backend",
     "draw_heatmap",
     "make_cache",
     "measure_statistics",

@@ -5,12 +5,13 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from .attention import CACHE_ARGUMENTS
 from .cache import PrefillSelectionCache
+from .projections import decoding_backend
 
 
 def decode_ahead(
@@ -27,8 +28,9 @@ def decode_ahead(
 
     `generate` prepares every step anew and waits for its token before it goes on; with a small cache that is a good
     part of a step.  This loop prepares once, and looks whether a step was the last one while the next already runs;
-    what that one did is taken back then.  Tokens are those of `generate`: it runs the same compiled model, logits
-    processors and stopping criteria.
+    what that one did is taken back then.  Unless a `compile_config` is given, the step is compiled by
+    `decoding_backend`.  Tokens are those of `generate` up to rounding: the model, logits processors and stopping
+    criteria are the same.
 
     Args:
         model: the model.
@@ -50,7 +52,7 @@ def decode_ahead(
     """
     cache = _checked_cache(model_kwargs, generation_config, synced_gpus)
     forward = (
-        model.get_compiled_call(generation_config.compile_config)
+        model.get_compiled_call(generation_config.compile_config or CompileConfig(backend=decoding_backend, mode=None))
         if model._valid_auto_compile_criteria(model_kwargs, generation_config)
         else model.__call__
     )

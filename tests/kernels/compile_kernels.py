@@ -16,6 +16,7 @@ from shiftkv_kernels.fused import (
     gather,
     group_mass,
     keep_best,
+    project_token,
     rotation,
     samples,
     search,
@@ -27,6 +28,7 @@ from shiftkv_kernels.fused import (
 FLOATS = {"scale", "threshold", "remainder", "gamma"}
 POINTERS = {"p_valid": "*u8", "p_cuts": "*i32", "p_kept": "*i64", "p_indices": "*i64"}
 INPUTS = {"p_proxies", "p_last", "p_keys", "p_values", "p_kept_keys", "p_kept_values", "p_states", "p_samples"}
+INPUTS |= {f"p_{part}_{index}" for part in ("weight", "bias", "out") for index in range(3)} | {"p_state"}
 INPUTS |= {"p_queries", "p_cos", "p_sin", "p_rotated", "p_rotated_last"}
 UNIT_STRIDES = {"stride_kd", "stride_vd"}
 UNSPECIALIZED = {"T", "C", "S", "tiles_per_part", "chunks_per_program", "seed", "stream", "first"}
@@ -101,9 +103,22 @@ def other_cases(capability: int) -> dict[str, Any]:
     return compiled
 
 
+def projection_cases(capability: int) -> dict[str, Any]:
+    """Projections of queries, keys and values, with biases, and of one layer without."""
+    three = {"BLOCK_K": project_token._INPUTS_AT_ONCE}
+    one = {f"p_{part}_{index}": None for part in ("weight", "bias", "out") for index in (1, 2)} | {"p_bias_0": None}
+    kernel = project_token._project_token_kernel
+    return {
+        f"{kernel.__name__} {name}": compile_kernel(
+            kernel, constants, "bf16", capability, num_warps=project_token._WARPS
+        )
+        for name, constants in (("three", three), ("one", three | one))
+    }
+
+
 if __name__ == "__main__":
     target = int(sys.argv[1])
-    kernels = group_mass_cases(target) | other_cases(target)
+    kernels = group_mass_cases(target) | other_cases(target) | projection_cases(target)
     report = {
         name: {"shared": kernel.metadata.shared, "wgmma": "wgmma.mma_async" in kernel.asm["ptx"]}
         for name, kernel in kernels.items()

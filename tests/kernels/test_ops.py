@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from shiftkv_kernels import device as devices
-from shiftkv_kernels import draw_samples, gather, group_mass, keep_best, rotate_queries, token_statistics, vote
+from shiftkv_kernels import (
+    draw_samples,
+    gather,
+    group_mass,
+    keep_best,
+    project_token,
+    rotate_queries,
+    token_statistics,
+    vote,
+)
 
 Q, LAST, K = torch.randn(2, 4, 8, 16), torch.randn(2, 4, 1, 16), torch.randn(2, 2, 9, 16)
 MASS, SCORES = torch.rand(2, 2, 3, 9), torch.rand(2, 2, 9)
@@ -16,6 +25,7 @@ STEPS = torch.randn(4, 16)
 STATISTICS = torch.rand(2, 9)
 SAMPLING = {"count": 4, "features": 6, "gamma": 1.0, "seed": 0, "stream": 0, "dtype": torch.float32}
 INDICES = torch.zeros(2, 2, 3, dtype=torch.int64)
+STATE, WEIGHT, BIAS = torch.randn(1, 1, 6), torch.randn(5, 6), torch.randn(5)
 ROOM = torch.full((2, 2, 4, 16), torch.nan)
 
 
@@ -89,6 +99,26 @@ REFUSED = {
         Q, LAST, torch.cat([COS, COS[:1]]), COS, STEPS, STEPS
     ),
     "sin has shape (1, 1, 16), must be the shape of cos": lambda: rotate_queries(Q, LAST, COS, COS[:1], STEPS, STEPS),
+    "state has shape (2, 1, 6), must be (..., K) with 1 in place of the dots": lambda: project_token(
+        STATE.expand(2, 1, 6), [WEIGHT], [BIAS]
+    ),
+    "state has shape (), must be": lambda: project_token(torch.tensor(1.0), [WEIGHT], [BIAS]),
+    "state has strides (12, 12, 2), must be contiguous": lambda: project_token(
+        torch.randn(1, 1, 12)[..., ::2], [WEIGHT], [BIAS]
+    ),
+    "biases has 2 entries, must have one for each of the 1 weights": lambda: project_token(
+        STATE, [WEIGHT], [None, BIAS]
+    ),
+    "weights[1] has shape (5, 5), must be (N, K) = (any, 6)": lambda: project_token(
+        STATE, [WEIGHT, WEIGHT[:, 1:]], [None, None]
+    ),
+    "weights[0] has strides (1, 5), must be contiguous": lambda: project_token(
+        STATE, [WEIGHT.T.contiguous().T], [BIAS]
+    ),
+    "weights[0] is torch.float16, must be torch.float32": lambda: project_token(STATE, [WEIGHT.half()], [BIAS]),
+    "weights[0] is on meta, must be on cpu like state": lambda: project_token(STATE, [WEIGHT.to("meta")], [BIAS]),
+    "biases[0] has shape (6,), must be (N,) = (5)": lambda: project_token(STATE, [WEIGHT], [STATE[0, 0]]),
+    "biases[1] is torch.float64": lambda: project_token(STATE, [WEIGHT, WEIGHT], [BIAS, BIAS.double()]),
     "step_sin has shape (3, 16)": lambda: rotate_queries(Q, LAST, COS, COS, STEPS, STEPS[1:]),
 }
 
@@ -145,6 +175,9 @@ def test_triton_is_not_for_all_tensors(device):
     double = wide[..., :16].double()
     with pytest.raises(ValueError, match=r"not torch\.float64"):
         mass_of(double, double[:, :, :1], double, backend="triton")
+    with pytest.raises(ValueError, match=r"it multiplies no torch\.float64"):
+        project_token(double[0, 0, :1], [double[0, 0]], [None], backend="triton")
+    assert project_token(double[0, 0, :1], [double[0, 0]], [None])[0].shape == (1, 2)
     for part in (wide, double):
         assert mass_of(part, part[:, :, :1], part)[0].shape == (1, 1, 2, 2)
 

@@ -1,0 +1,181 @@
+"""`decoding_backend` joins the linear layers of one token, leaves all others alone, and changes no token."""
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from torch.testing._internal.two_tensor import TwoTensor
+from transformers import CompileConfig
+
+import models
+from mmshiftkv import ShiftKVCache, decode_ahead, decoding_backend
+from mmshiftkv.projections import merge_projections
+
+NEW_TOKENS = 25
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Merging:
+    """A backend that merges and then runs what Dynamo traced as it is; it counts the layers and launches."""
+
+    def __init__(self):
+        self.layers, self.launches, self.left = 0, 0, 0
+
+    def __call__(self, graph_module, example_inputs):
+        self.layers += self.count(graph_module, linear)
+        merge_projections(graph_module.graph)
+        graph_module.graph.lint()
+        graph_module.recompile()
+        self.launches += self.count(graph_module, torch.ops.mmshiftkv.project_token.default)
+        self.left += self.count(graph_module, linear)
+        return graph_module
+
+    @staticmethod
+    def count(graph_module, target):
+        return sum(node.target is target for node in graph_module.graph.nodes)
+
+    def config(self):
+        # A config is copied with its backend, and of all that can be called only functions stay the same.
+        config = CompileConfig(backend=lambda *inputs: self(*inputs), mode=None, fullgraph=True)
+        config._compile_all_devices = True
+        return config
+
+
+def answer(model, rows=1, **options):
+    cache = ShiftKVCache(model, budget=9, max_new_tokens=NEW_TOKENS)
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, **options}
+    return model.generate(models.prompt_ids(rows), past_key_values=cache, **options)
+
+
+@pytest.mark.parametrize("loop", [{}, {"custom_generate": decode_ahead}], ids=["generate", "decode_ahead"])
+@pytest.mark.parametrize(
+    ("model_type", "launches"),
+    # Queries, keys and values, the output, gate and up, down: four in each of three layers, and the logits.
+    [("llama", 13), ("qwen2", 13), ("olmo2", 13), ("qwen3", 13), ("mixtral", 10)],
+)
+def test_layers_that_share_an_input_are_made_together(model_type, launches, loop):
+    model, backend = models.text_model(model_type), Merging()
+    assert answer(model, compile_config=backend.config(), **loop).equal(answer(model))
+    assert backend.left == 0
+    assert backend.launches == launches < backend.layers
+
+
+def test_several_rows_are_left_alone():
+    model, backend = models.text_model(), Merging()
+    assert answer(model, rows=2, compile_config=backend.config()).equal(answer(model, rows=2))
+    assert backend.launches == 0
+    assert backend.left == backend.layers == 22
+
+
+def test_image_prompts(vision_case):
+    for family in ("qwen2_5_vl", "vicuna"):
+        case, backend = vision_case(family), Merging()
+        answers = []
+        for options in ({}, {"compile_config": backend.config()}):
+            cache = ShiftKVCache(case.model, budget=24, max_new_tokens=8)
+            options = {"max_new_tokens": 8, "do_sample": False, **options}
+            answers.append(case.model.generate(**case.prompts(1), past_key_values=cache, **options))
+        assert answers[0].equal(answers[1])
+        assert backend.left == 0 < backend.launches
+
+
+class Layers(nn.Module):
+    """Seven linear layers, five of the same input."""
+
+    def __init__(self):
+        super().__init__()
+        self.same = nn.ModuleList(nn.Linear(8, outputs, bias=outputs % 2 == 0) for outputs in (3, 4, 1, 6, 5))
+        self.after = nn.Linear(19, 8)
+        self.last = nn.Linear(8, 2, bias=False)
+
+    def forward(self, state):
+        return self.last(state + self.after(torch.cat([layer(state) for layer in self.same], dim=-1)))
+
+
+def merged(module, *inputs):
+    """Launches of the module, layers left, and its result, which is the same as before."""
+    backend = Merging()
+    with torch.no_grad():
+        found = torch.compile(module, backend=backend, fullgraph=True)(*inputs)
+        torch.testing.assert_close(found, module(*inputs))
+    return backend.launches, backend.left
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (1, 1, 8)])
+def test_any_number_of_layers(shape):
+    assert merged(Layers(), torch.randn(shape)) == (3, 0)
+
+
+class Scaled(nn.Linear):
+    """A layer whose weights are made anew at each call."""
+
+    def forward(self, state):
+        return linear(state, 2 * self.weight, self.bias)
+
+
+class Transposed(nn.Linear):
+    """A layer whose weights are stored the other way round."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.weight = nn.Parameter(self.weight.detach().T.contiguous().T)
+
+
+class Half(nn.Linear):
+    """A layer under autocast."""
+
+    def forward(self, state):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(state)
+
+
+@pytest.mark.parametrize("layer", [Scaled, Transposed, Half])
+def test_weights_that_are_not_used_as_they_are_stored_are_left_alone(layer):
+    assert merged(layer(8, 4), torch.randn(1, 8)) == (0, 1)
+
+
+@pytest.mark.parametrize("rows", [(2,), (1, 2), (0,)])
+def test_no_row_and_several_are_left_alone(rows):
+    assert merged(nn.Linear(8, 4), torch.randn(*rows, 8)) == (0, 1)
+
+
+def test_weights_of_several_parts_are_left_alone():
+    """As quantized and distributed ones are."""
+    layer = nn.Linear(8, 4, bias=False)
+    layer.weight = nn.Parameter(TwoTensor(layer.weight.detach(), layer.weight.detach()), requires_grad=False)
+    backend = Merging()
+    with torch.no_grad():
+        torch.compile(layer, backend=backend, fullgraph=True)(torch.randn(1, 8))
+    assert (backend.launches, backend.left) == (0, 1)
+
+
+def test_weights_of_embeddings_may_be_shared():
+    model = models.text_model(tie_word_embeddings=True)
+    backend = Merging()
+    assert answer(model, compile_config=backend.config()).equal(answer(model))
+    assert backend.launches == 13
+
+
+def test_the_operation_is_what_the_compiler_takes_it_for():
+    weights = [torch.randn(5, 8), torch.randn(3, 8)]
+    torch.library.opcheck(
+        torch.ops.mmshiftkv.project_token.default, (torch.randn(1, 1, 8), weights, [None, weights[1][:, 0].clone()])
+    )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler for a CPU")
+def test_compiled_for_a_cpu():
+    model = models.text_model("qwen2")
+    config = CompileConfig(backend=decoding_backend, mode=None)
+    config._compile_all_devices = True
+    expected = answer(model)
+    for loop in ({}, {"custom_generate": decode_ahead}):
+        assert answer(model, compile_config=config, **loop).equal(expected)
