@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -29,3 +30,11 @@ def vision_case(tmp_path_factory):
         return loaded[family, attention]
 
     return load
+
+
+@pytest.fixture
+def no_garbage_collection():
+    """What is in no cycle goes at once, without it."""
+    gc.disable()
+    yield
+    gc.enable()

@@ -128,14 +128,25 @@ class TestOneCompilation:
 
 
 class TestStorage:
-    def test_is_taken_over_by_the_next_cache(self, model):
+    def test_is_taken_over_by_the_next_cache(self, model, no_garbage_collection):
         cache = prefill(model, ShiftKVCache(model, budget=9, max_new_tokens=5), models.prompt_ids())
         before = addresses(cache)
         other = prefill(model, ShiftKVCache(model, budget=9, max_new_tokens=5), models.prompt_ids(1, 20))
         assert not set(addresses(other)) & set(before)
         del cache
-        gc.collect()
         assert addresses(prefill(model, ShiftKVCache(model, budget=9, max_new_tokens=5), models.prompt_ids())) == before
+
+    def test_of_a_cache_that_goes_late_is_not_taken(self, model, no_garbage_collection):
+        """As that of a cache with which a step was traced: the tracer leaves it in a cycle."""
+        late = prefill(model, ShiftKVCache(model, budget=9, max_new_tokens=5), models.prompt_ids())
+        late.itself, before = late, addresses(late)
+        del late
+        younger = prefill(model, ShiftKVCache(model, budget=9, max_new_tokens=5), models.prompt_ids())
+        after = addresses(younger)
+        assert not set(after) & set(before)
+        del younger
+        gc.collect()
+        assert addresses(prefill(model, ShiftKVCache(model, budget=9, max_new_tokens=5), models.prompt_ids())) == after
 
     def test_goes_with_its_model(self, model):
         from mmshiftkv import fixed_storage

@@ -1,7 +1,10 @@
 """`decode_ahead` gives what `generate` gives, and takes back what it ran too far."""
 
+import gc
+
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import DynamicCache, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 import models
@@ -104,6 +107,22 @@ def test_storage_may_be_moved_in_the_middle_of_a_later_answer(attention):
     assert cache.layers[0].slots == 46
     assert answers[0].equal(answers[1])
     assert answers[0].equal(answers[2])
+
+
+def test_one_compilation_and_one_storage_serve_all_prompts(no_garbage_collection):
+    torch._dynamo.reset()
+    counters.clear()
+    model, places = models.text_model(), set()
+    for index, tokens in enumerate((40, 3, 9, 10, 120, 41) * 3):
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "compile_config": compiling()}
+        cache = ShiftKVCache(model, budget=9, max_new_tokens=NEW_TOKENS)
+        model.generate(models.prompt_ids(1, tokens), past_key_values=cache, custom_generate=decode_ahead, **options)
+        places.add(tuple(layer.keys.data_ptr() for layer in cache.layers))
+        del cache
+        if index == 0:
+            gc.collect()  # the tracer left the cache in a cycle
+    assert len(places) == 1
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_later_turn_of_a_conversation():

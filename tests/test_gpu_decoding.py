@@ -71,7 +71,8 @@ def test_two_hundred_caches_in_a_row_use_one_compilation_and_one_storage(options
         model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False, **options)
         places.add((*(layer.keys.data_ptr() for layer in cache.layers), cache.layers[0].filled.data_ptr()))
         del cache
-        gc.collect()
+        if index == 0:
+            gc.collect()  # the tracer left the cache in a cycle
     assert len(places) == 1
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["inductor"]["cudagraph_skips"]

@@ -71,18 +71,20 @@ def test_the_costs_are_those_on_record():
 
 
 def test_the_times_per_token_are_those_on_record():
-    recorded = json.loads((ROOT / "examples" / "results" / "decoding.json").read_text(encoding="utf-8"))
-    lengths = recorded["settings"]["lengths"]
-    assert (
-        f"--lengths {' '.join(map(str, lengths))} --batches 1 --new-tokens {recorded['settings']['new_tokens']}"
-        in README
+    results = ROOT / "examples" / "results"
+    one, eight = (
+        json.loads((results / name).read_text(encoding="utf-8")) for name in ("decoding.json", "decoding_batch_8.json")
     )
-    for name in {row["cache"] for row in recorded["rows"]}:
+    for settings in (one["settings"], eight["settings"]):
+        (batch,) = settings["batches"]
+        lengths = " ".join(map(str, settings["lengths"]))
+        assert f"--lengths {lengths} --batches {batch} --new-tokens {settings['new_tokens']} --repeats 2" in README
+        assert settings["repeats"] == 2
+    for name in {row["cache"] for row in one["rows"]}:
         (found,) = re.findall(rf"^\| {name} \| (.*) \|$", README, re.M)
-        rows = [
-            row for tokens in lengths for row in recorded["rows"] if (row["cache"], row["tokens"]) == (name, tokens)
-        ]
+        rows = [row for record in (one, eight) for row in record["rows"] if row["cache"] == name]
         cells = [f"{row['milliseconds']:.2f} ms, {row['cache_bytes'] / 2**20:,.0f} MiB" for row in rows]
+        cells[-1] += f", {rows[-1]['tokens_per_second']:,.0f} tokens/s"
         assert found.split(" | ") == [rows[0]["decoding"], *cells]
 
 

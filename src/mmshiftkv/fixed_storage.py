@@ -1,5 +1,6 @@
 """Storage at addresses that stay, for compiled decoding: CUDA graphs read and write where they were recorded."""
 
+import itertools
 import weakref
 from collections.abc import Hashable
 from typing import Any
@@ -9,9 +10,11 @@ from torch import nn
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
 
-# For each model the buffers of the last cache that is gone.  The next cache takes them over, so that the graphs which
-# were recorded with them stay good; otherwise each new cache would have them recorded again.
-_unused: "weakref.WeakKeyDictionary[nn.Module, dict[Hashable, _Pair]]" = weakref.WeakKeyDictionary()
+# For each model the buffers of the youngest cache that is gone, and when it was made.  The next cache takes them over,
+# so that the graphs which were recorded with them stay good; otherwise each new cache would have them recorded again.
+# A cache that was traced goes only when garbage is collected, long after younger ones: its buffers are of no use then.
+_unused: "weakref.WeakKeyDictionary[nn.Module, tuple[int, dict[Hashable, _Pair]]]" = weakref.WeakKeyDictionary()
+_times = itertools.count()
 
 
 class FixedStorage:
@@ -34,8 +37,8 @@ class FixedStorage:
 
     def __init__(self, owner: nn.Module) -> None:
         self._owner = weakref.ref(owner)
-        self._pairs: dict[Hashable, _Pair] = _unused.pop(owner, {})
-        weakref.finalize(self, _leave, self._owner, self._pairs).atexit = False
+        _, self._pairs = _unused.pop(owner, (0, {}))
+        weakref.finalize(self, _leave, self._owner, next(_times), self._pairs).atexit = False
         self.counted = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FixedStorage":
@@ -92,7 +95,7 @@ def _new_buffer(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> 
     return buffer
 
 
-def _leave(owner: "weakref.ref[nn.Module]", pairs: dict[Hashable, _Pair]) -> None:
+def _leave(owner: "weakref.ref[nn.Module]", made: int, pairs: dict[Hashable, _Pair]) -> None:
     model = owner()
-    if model is not None:
-        _unused[model] = pairs
+    if model is not None and (model not in _unused or _unused[model][0] < made):
+        _unused[model] = made, pairs
