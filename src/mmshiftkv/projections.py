@@ -53,7 +53,7 @@ def _is_projection(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target is not torch.nn.functional.linear or node.kwargs:
         return False
     state, *parameters = (part for part in node.args if isinstance(part, fx.Node))
-    if any(part.op not in ("placeholder", "get_attr") for part in parameters):
+    if any(part.op != "placeholder" for part in parameters):
         return False
     values: list[Any] = [part.meta.get("example_value") for part in (state, *parameters, node)]
     # Quantized and distributed weights are subclasses of their own.
