@@ -1,5 +1,6 @@
 """`decoding_backend` joins the linear layers of one token, leaves all others alone, and changes no token."""
 
+import operator
 import shutil
 
 import pytest
@@ -145,6 +146,51 @@ def test_weights_that_are_not_used_as_they_are_stored_are_left_alone(layer):
 @pytest.mark.parametrize("rows", [(2,), (1, 2), (0,)])
 def test_no_row_and_several_are_left_alone(rows):
     assert merged(nn.Linear(8, 4), torch.randn(*rows, 8)) == (0, 1)
+
+
+def set_first(state):
+    state[..., 0] = 3
+
+
+class Changing(nn.Module):
+    """Two layers of one state that is changed in place between them."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change, self.first, self.second = change, nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, state):
+        state = state - 1
+        before = self.first(state)
+        self.change(state)
+        return before, self.second(state)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.mul_(2),
+        lambda state: state.view(-1).neg_(),
+        lambda state: operator.iadd(state, 1),
+        set_first,
+        torch.relu_,
+        lambda state: nn.functional.relu(state, inplace=True),
+        lambda state: nn.functional.relu(state, True),
+        lambda state: torch.mul(state, 2, out=state),
+        torch.ops.aten.mul_.Tensor,
+    ],
+)
+def test_a_state_that_changes_in_between_is_read_before_and_after(change):
+    more = (torch.tensor(2.0),) if change is torch.ops.aten.mul_.Tensor else ()
+    assert merged(Changing(lambda state: change(state, *more)), torch.randn(1, 8)) == (2, 0)
+
+
+def test_where_gradients_are_wanted_layers_are_left_alone():
+    backend, layer, state = Merging(), nn.Linear(8, 4), torch.randn(1, 8)
+    found = torch.compile(layer, backend=backend, fullgraph=True)(state)
+    assert (backend.launches, backend.left) == (0, 1)
+    found.sum().backward()
+    assert layer.weight.grad.equal(state.expand(4, -1))
 
 
 def test_weights_of_several_parts_are_left_alone():

@@ -40,10 +40,13 @@ def merge_projections(graph: fx.Graph) -> None:
     Args:
         graph: as Dynamo hands it to a backend: parameters are placeholders, and nodes know their values' shapes.
     """
-    groups: dict[Any, list[fx.Node]] = {}
+    groups: dict[tuple[Any, int], list[fx.Node]] = {}
+    writes = 0
     for node in graph.nodes:
-        if _is_projection(node):
-            groups.setdefault(node.args[0], []).append(node)
+        if _writes(node):
+            writes += 1
+        elif _is_projection(node):
+            groups.setdefault((node.args[0], writes), []).append(node)
     for nodes in groups.values():
         _merge(graph, nodes)
 
@@ -61,8 +64,23 @@ def _is_projection(node: fx.Node) -> bool:
         return False
     if any(not isinstance(size, int) or size != 1 for size in values[0].shape[:-1]) or values[1].dim() != 2:
         return False
-    # Under autocast the dtypes differ.
-    return all(value.dtype == values[0].dtype and value.is_contiguous() for value in values)
+    # `project_token` has no gradient.  Under autocast the dtypes differ.
+    return not values[-1].requires_grad and all(
+        value.dtype == values[0].dtype and value.is_contiguous() for value in values
+    )
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether the node may change a tensor in place: what is merged moves forward, and must not pass it."""
+    if node.op not in ("call_function", "call_method"):
+        return node.op == "call_module"
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
+    name = name.removeprefix("__").removesuffix("__")
+    in_place = name.endswith("_") or name == "setitem" or (name.startswith("i") and hasattr(operator, f"__{name}__"))
+    # torch.nn.functional's take `inplace` as a keyword or by place.
+    return in_place or "out" in node.kwargs or any(part is True for part in (*node.args, node.kwargs.get("inplace")))
 
 
 def _merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
