@@ -197,6 +197,10 @@ def test_a_model_over_two_devices(gpu_case, family):
     if hasattr(case.model.model, "image_newline"):
         others["model.image_newline"] = 0
     split = dispatch_model(copy.deepcopy(case.model), device_map={**devices, **others})
+    with pytest.warns(UserWarning, match="the weights are offloaded, or on several devices"):
+        reserving = ShiftKVCache(split, budget=16, max_new_tokens=40)
+    assert not reserving.is_compileable
+    assert generate(split, inputs, reserving).sequences.equal(wanted.sequences)
     cache = ShiftKVCache(split, budget=16)
     found = generate(split, inputs, cache)
     assert found.sequences.equal(wanted.sequences)
