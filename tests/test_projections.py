@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint
 from transformers import CompileConfig
 
 import models
@@ -153,6 +154,16 @@ def set_first(state):
     state[..., 0] = 3
 
 
+@torch.library.custom_op("test_projections::double", mutates_args=("state",))
+def custom_operation(state: torch.Tensor) -> None:
+    state.mul_(2)
+
+
+@torch._dynamo.allow_in_graph
+def opaque_function(state):
+    return state.mul_(2)
+
+
 class Changing(nn.Module):
     """Two layers of one state that is changed in place between them."""
 
@@ -178,7 +189,14 @@ class Changing(nn.Module):
         lambda state: nn.functional.relu(state, inplace=True),
         lambda state: nn.functional.relu(state, True),
         lambda state: torch.mul(state, 2, out=state),
+        lambda state: nn.functional.batch_norm(
+            torch.cat([state, 2 * state]), state[0], state[0].abs(), training=True, momentum=1.0
+        ),
         torch.ops.aten.mul_.Tensor,
+        torch.ops.test_projections.double,
+        custom_operation,
+        opaque_function,
+        lambda state: checkpoint(lambda part: part.mul_(2), state, use_reentrant=False),
     ],
 )
 def test_a_state_that_changes_in_between_is_read_before_and_after(change):
