@@ -32,6 +32,13 @@ def check_contiguous(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} has strides {tensor.stride()}, must be contiguous")
 
 
+def check_alike(name: str, tensor: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    """Raises ValueError unless `tensor` is contiguous, of the dtype of `like`, and on its device."""
+    check_dtype(name, tensor, like.dtype)
+    check_device(name, tensor, like_name, like)
+    check_contiguous(name, tensor)
+
+
 def check_pair(name: str, pair: object) -> None:
     """Raises TypeError unless `pair` is a tuple of two tensors."""
     parts = pair if isinstance(pair, tuple) else ()

@@ -13,7 +13,16 @@ from typing import Any
 import torch
 
 from . import reference
-from .checks import check_contiguous, check_device, check_dtype, check_pair, check_positive, check_shape, check_valid
+from .checks import (
+    check_alike,
+    check_contiguous,
+    check_device,
+    check_dtype,
+    check_pair,
+    check_positive,
+    check_shape,
+    check_valid,
+)
 from .device import is_interpreted, takes_triton
 
 _PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -207,22 +216,15 @@ def project_token(
     check_contiguous("state", state)
     for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         check_shape(f"weights[{index}]", weight, "(N, K)", (None, state.shape[-1]))
-        _check_projection(f"weights[{index}]", weight, state)
+        check_alike(f"weights[{index}]", weight, "state", state)
         if bias is not None:
             check_shape(f"biases[{index}]", bias, "(N,)", weight.shape[:1])
-            _check_projection(f"biases[{index}]", bias, state)
-    unless = None if state.dtype in _PRODUCT_DTYPES else f"it multiplies no {state.dtype}"
-    if takes_triton(backend, state.device, unless):
+            check_alike(f"biases[{index}]", bias, "state", state)
+    if takes_triton(backend, state.device, unless=_no_product_of(state.dtype)):
         from .fused.project_token import project_token as fused
 
         return fused(state, weights, biases)
     return reference.project_token(state, weights, biases)
-
-
-def _check_projection(name: str, tensor: torch.Tensor, state: torch.Tensor) -> None:
-    check_dtype(name, tensor, state.dtype)
-    check_device(name, tensor, "state", state)
-    check_contiguous(name, tensor)
 
 
 def _check_out(out: tuple[torch.Tensor, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, count: int) -> None:
@@ -233,10 +235,8 @@ def _check_out(out: tuple[torch.Tensor, torch.Tensor], keys: torch.Tensor, value
         raise ValueError(
             f"out has {out[0].shape[2]} slots, must have at least as many as the {count} tokens of indices"
         )
-    for name, tensor, like_name, like in (("out[0]", out[0], "keys", keys), ("out[1]", out[1], "values", values)):
-        check_dtype(name, tensor, like.dtype)
-        check_device(name, tensor, like_name, like)
-        check_contiguous(name, tensor)
+    check_alike("out[0]", out[0], "keys", keys)
+    check_alike("out[1]", out[1], "values", values)
 
 
 def _check_queries(proxy_queries: torch.Tensor, last_query: torch.Tensor) -> torch.Size:
@@ -250,10 +250,17 @@ def _check_queries(proxy_queries: torch.Tensor, last_query: torch.Tensor) -> tor
 
 def _no_product(keys: torch.Tensor) -> str | None:
     """Why the kernels cannot multiply these keys, if they cannot."""
-    if keys.dtype not in _PRODUCT_DTYPES:
-        return f"it multiplies {', '.join(map(str, _PRODUCT_DTYPES))}, not {keys.dtype}"
+    if reason := _no_product_of(keys.dtype):
+        return reason
     if keys.shape[-1] > _LARGEST_HEAD_DIM:
         return f"a head dim of {keys.shape[-1]} is more than {_LARGEST_HEAD_DIM}"
     if keys.dtype == torch.bfloat16 and is_interpreted():
         return "Triton's interpreter cannot multiply bfloat16"
     return None
+
+
+def _no_product_of(dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot multiply numbers of this dtype, if they cannot."""
+    if dtype in _PRODUCT_DTYPES:
+        return None
+    return f"it multiplies {', '.join(map(str, _PRODUCT_DTYPES))}, not {dtype}"
