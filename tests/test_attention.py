@@ -8,7 +8,7 @@ from transformers.masking_utils import sdpa_mask
 
 import models
 from mmshiftkv import ShiftKVCache
-from mmshiftkv.decoder import Decoder
+from mmshiftkv.model.decoder import Decoder
 
 # name -> what its config needs besides the common shape
 SUPPORTED = {

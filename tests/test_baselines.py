@@ -11,8 +11,8 @@ import mmshiftkv
 import models
 from mmshiftkv import METHODS, PrefillSelectionCache, SnapKVCache, make_cache
 from mmshiftkv.baselines import BASELINES, ExpectedAttention, KeyDiff, Random, SnapKV, StreamingLLM
-from mmshiftkv.decoder import Decoder
-from mmshiftkv.observation import Observation
+from mmshiftkv.model.decoder import Decoder
+from mmshiftkv.model.hooks import Observation
 from test_exactness import assert_same, generate
 
 BUDGET = 12

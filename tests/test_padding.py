@@ -4,7 +4,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import models
 from mmshiftkv import ShiftKVCache
-from mmshiftkv.padding import PromptPadding, valid_columns
+from mmshiftkv.model.padding import PromptPadding, valid_columns
 
 
 def prefill(model, inputs, budget, **settings):

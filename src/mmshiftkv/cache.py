@@ -11,11 +11,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from shiftkv_kernels import gather, keep_best
 
 from .config import BACKENDS, ShiftKVConfig, check_budget, check_choice, check_prefill, tokens_to_keep
-from .decoder import Decoder, text_decoder
 from .fixed_layer import FixedLayer
 from .layer import SelectedLayer
-from .observation import Observation, Observer
-from .padding import PromptPadding
+from .model.decoder import Decoder, text_decoder
+from .model.hooks import Observation, Observer
+from .model.padding import PromptPadding
 from .policies import Policy, ShiftKV
 from .report import CacheReport, report_of
 from .room import Room, obstacle_to_compiling

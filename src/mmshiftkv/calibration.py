@@ -16,9 +16,9 @@ from shiftkv_kernels import token_statistics
 from shiftkv_kernels.reference import prompt_statistics
 
 from .config import check_integer
-from .decoder import Decoder, text_decoder
 from .figures import new_figure
-from .padding import check_left_padding
+from .model.decoder import Decoder, text_decoder
+from .model.padding import check_left_padding
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

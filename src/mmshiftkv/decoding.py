@@ -9,8 +9,8 @@ from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, P
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from .attention import CACHE_ARGUMENTS
 from .cache import PrefillSelectionCache
+from .model.queries import CACHE_ARGUMENTS
 from .projections import decoding_backend
 
 

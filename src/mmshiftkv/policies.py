@@ -7,9 +7,9 @@ import torch
 
 from shiftkv_kernels import draw_samples, group_mass, token_statistics, vote
 
-from .attention import AttentionLayer
 from .config import ShiftKVConfig, tokens_set_aside, tokens_to_keep
-from .observation import Observation
+from .model.hooks import Observation
+from .model.queries import AttentionLayer
 from .proxies import future_queries
 
 LAST_TOKEN_PROXIES = 16

@@ -2,8 +2,8 @@
 
 import torch
 
-from .attention import AttentionLayer
-from .observation import Observation
+from .model.hooks import Observation
+from .model.queries import AttentionLayer
 
 
 def future_queries(

@@ -5,7 +5,7 @@ import torch
 from shiftkv_kernels import group_mass, keep_best, vote
 
 from .config import BACKENDS, check_choice, check_integer, check_mass
-from .padding import check_left_padding
+from .model.padding import check_left_padding
 
 
 def select_tokens(

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..attention import AttentionLayer
 from ..config import check_integer, check_real
-from ..observation import Observation
+from ..model.hooks import Observation
+from ..model.queries import AttentionLayer
 from .columns import first_tokens
 
 _TOKENS_AT_ONCE = 2048  # bounds the float32 copy of the queries

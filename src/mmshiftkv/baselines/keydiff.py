@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from ..attention import AttentionLayer
-from ..observation import Observation
+from ..model.hooks import Observation
+from ..model.queries import AttentionLayer
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from ..attention import AttentionLayer
 from ..config import check_integer
-from ..observation import Observation
+from ..model.hooks import Observation
+from ..model.queries import AttentionLayer
 from .columns import columns_of
 
 _QUERIES_AT_ONCE = 16  # bounds the logits, (B, H, so many, T) float32

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..attention import AttentionLayer
 from ..config import check_integer
-from ..observation import Observation
+from ..model.hooks import Observation
+from ..model.queries import AttentionLayer
 from .columns import columns_of, first_tokens
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from .attention import AttentionLayer
+from .queries import AttentionLayer
 
 
 class Decoder:
