@@ -149,19 +149,19 @@ class TestStorage:
         assert addresses(prefill(model, ShiftKVCache(model, budget=9, max_new_tokens=5), models.prompt_ids())) == after
 
     def test_goes_with_its_model(self, model):
-        from mmshiftkv import fixed_storage
+        from mmshiftkv.storage import buffers
 
         prefill(model, ShiftKVCache(model, budget=9, max_new_tokens=5), models.prompt_ids())
         gc.collect()
-        assert model.model.layers[0] in fixed_storage._unused
-        kept = len(fixed_storage._unused)
+        assert model.model.layers[0] in buffers._unused
+        kept = len(buffers._unused)
         another = models.text_model()
         prefill(another, ShiftKVCache(another, budget=9, max_new_tokens=5), models.prompt_ids())
         gc.collect()
-        assert len(fixed_storage._unused) == kept + 1
+        assert len(buffers._unused) == kept + 1
         del another
         gc.collect()
-        assert len(fixed_storage._unused) == kept
+        assert len(buffers._unused) == kept
 
     def test_has_room_for_the_budget_and_the_new_tokens_whatever_the_prompt(self, model):
         for budget, tokens, slots in ((9, 40, 14), (9, 4, 14), (0.25, 40, 15), (1.0, 40, 45)):

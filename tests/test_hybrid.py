@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 import models
 from mmshiftkv import ShiftKVCache
-from mmshiftkv.layer import SelectedLayer
+from mmshiftkv.storage.growing import SelectedLayer
 
 HYBRIDS = {
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 16},

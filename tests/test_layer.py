@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import models
 from mmshiftkv import ShiftKVCache
-from mmshiftkv.layer import SelectedLayer
+from mmshiftkv.storage.growing import SelectedLayer
 
 
 def states(rows=2, tokens=3, seed=0):

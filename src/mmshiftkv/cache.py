@@ -11,14 +11,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from shiftkv_kernels import gather, keep_best
 
 from .config import BACKENDS, ShiftKVConfig, check_budget, check_choice, check_prefill, tokens_to_keep
-from .fixed_layer import FixedLayer
-from .layer import SelectedLayer
 from .model.decoder import Decoder, text_decoder
 from .model.hooks import Observation, Observer
 from .model.padding import PromptPadding
 from .policies import Policy, ShiftKV
 from .report import CacheReport, report_of
-from .room import Room, obstacle_to_compiling
+from .storage.growing import SelectedLayer
+from .storage.room import Room, obstacle_to_compiling
+from .storage.static import FixedLayer
 
 # While assisted decoding records, the first forward pass holds the prompt and its first candidates; of them, this many
 # last tokens stay as they are seen until the accepted ones are known.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .layer import SelectedLayer
+from .storage.growing import SelectedLayer
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from .model.hooks import Observation
+from ..model.hooks import Observation
 
 _LEAST_GROWTH = 64  # slots
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from .fixed_storage import FixedStorage
-from .layer import SelectedLayer
+from .buffers import FixedStorage
+from .growing import SelectedLayer
 
 
 class FixedLayer(SelectedLayer):

@@ -7,9 +7,9 @@ import torch
 
 from shiftkv_kernels import gather
 
-from .fixed_layer import FixedLayer
-from .fixed_storage import FixedStorage
-from .model.decoder import Decoder
+from ..model.decoder import Decoder
+from .buffers import FixedStorage
+from .static import FixedLayer
 
 # These are given a mask that hides what has not been written yet.  transformers gives flash attention none, and cannot
 # compile flex attention with any cache.
