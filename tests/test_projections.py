@@ -13,7 +13,7 @@ from transformers import CompileConfig
 
 import models
 from mmshiftkv import ShiftKVCache, decode_ahead, decoding_backend
-from mmshiftkv.projections import merge_projections
+from mmshiftkv.decode.backend import merge_projections
 
 NEW_TOKENS = 25
 

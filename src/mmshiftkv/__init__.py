@@ -12,10 +12,10 @@ from .baselines import (
 from .cache import PrefillSelectionCache, ShiftKVCache
 from .calibration import Calibration, measure_statistics
 from .config import ShiftKVConfig
-from .decoding import decode_ahead
+from .decode.backend import decoding_backend
+from .decode.loop import decode_ahead
 from .heatmap import draw_heatmap
 from .policies import Policy
-from .projections import decoding_backend
 from .report import CacheReport
 from .selection import select_tokens
 from .visual_tokens import TokenGrid, VisualTokenMap, visual_token_map

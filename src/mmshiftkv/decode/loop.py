@@ -9,9 +9,9 @@ from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, P
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from .cache import PrefillSelectionCache
-from .model.queries import CACHE_ARGUMENTS
-from .projections import decoding_backend
+from ..cache import PrefillSelectionCache
+from ..model.queries import CACHE_ARGUMENTS
+from .backend import decoding_backend
 
 
 def decode_ahead(
