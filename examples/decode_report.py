@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mmshiftkv.figures import new_figure
+from mmshiftkv.analysis.figures import new_figure
 from mmshiftkv.report import format_bytes
 
 if TYPE_CHECKING:

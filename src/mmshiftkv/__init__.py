@@ -1,5 +1,8 @@
 """A KV cache for Hugging Face transformers that compresses itself during prefill."""
 
+from .analysis.calibration import Calibration, measure_statistics
+from .analysis.heatmap import draw_heatmap
+from .analysis.visual_tokens import TokenGrid, VisualTokenMap, visual_token_map
 from .baselines import (
     METHODS,
     ExpectedAttentionCache,
@@ -10,15 +13,12 @@ from .baselines import (
     make_cache,
 )
 from .cache import PrefillSelectionCache, ShiftKVCache
-from .calibration import Calibration, measure_statistics
 from .config import ShiftKVConfig
 from .decode.backend import decoding_backend
 from .decode.loop import decode_ahead
-from .heatmap import draw_heatmap
 from .policies import Policy
 from .report import CacheReport
 from .selection import select_tokens
-from .visual_tokens import TokenGrid, VisualTokenMap, visual_token_map
 
 __all__ = [
     "METHODS",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .cache import PrefillSelectionCache
+from ..cache import PrefillSelectionCache
 
 KeptTokens = PrefillSelectionCache | torch.Tensor | Sequence[torch.Tensor | None]
 Extent = tuple[float, float, float, float]
