@@ -2,7 +2,7 @@ import pytest
 
 import models
 from mmshiftkv import ShiftKVCache, ShiftKVConfig
-from mmshiftkv.config import tokens_to_keep
+from mmshiftkv.checks import tokens_to_keep
 
 NAN = float("nan")
 

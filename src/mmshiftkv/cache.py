@@ -10,7 +10,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from shiftkv_kernels import gather, keep_best
 
-from .config import BACKENDS, ShiftKVConfig, check_budget, check_choice, check_prefill, tokens_to_keep
+from .checks import BACKENDS, check_budget, check_choice, check_prefill, tokens_to_keep
+from .config import ShiftKVConfig
 from .model.decoder import Decoder, text_decoder
 from .model.hooks import Observation, Observer
 from .model.padding import PromptPadding

@@ -7,7 +7,8 @@ import torch
 
 from shiftkv_kernels import draw_samples, group_mass, token_statistics, vote
 
-from .config import ShiftKVConfig, tokens_set_aside, tokens_to_keep
+from .checks import tokens_to_keep
+from .config import ShiftKVConfig, tokens_set_aside
 from .model.hooks import Observation
 from .model.queries import AttentionLayer
 from .proxies import future_queries

@@ -4,7 +4,8 @@ import torch
 
 from shiftkv_kernels import group_mass, keep_best, vote
 
-from .config import BACKENDS, check_choice, check_integer, check_mass
+from .checks import BACKENDS, check_choice, check_integer
+from .config import check_mass
 from .model.padding import check_left_padding
 
 

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from shiftkv_kernels import token_statistics
 from shiftkv_kernels.reference import prompt_statistics
 
-from ..config import check_integer
+from ..checks import check_integer
 from ..model.decoder import Decoder, text_decoder
 from ..model.padding import check_left_padding
 from .figures import new_figure

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config import check_integer
+from ..checks import check_integer
 from .figures import new_figure
 from .visual_tokens import TokenGrid, VisualTokenMap
 

@@ -18,7 +18,7 @@ from typing import Any
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..cache import PrefillSelectionCache, ShiftKVCache
-from ..config import check_choice
+from ..checks import check_choice
 from .expected_attention import ExpectedAttention
 from .keydiff import KeyDiff
 from .random_tokens import Random

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import check_integer, check_real
+from ..checks import check_integer, check_real
 from ..model.hooks import Observation
 from ..model.queries import AttentionLayer
 from .columns import first_tokens

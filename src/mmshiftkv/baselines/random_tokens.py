@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import check_integer
+from ..checks import check_integer
 from ..model.hooks import Observation
 from ..model.queries import AttentionLayer
 

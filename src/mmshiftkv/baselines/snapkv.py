@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from ..config import check_integer
+from ..checks import check_integer
 from ..model.hooks import Observation
 from ..model.queries import AttentionLayer
 from .columns import columns_of

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..baselines import METHODS, make_cache
-from ..config import check_budget, check_choice
+from ..checks import check_budget, check_choice
 from .lmms_eval import missing
 
 try:
