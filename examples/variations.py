@@ -28,7 +28,7 @@ from common import DTYPES, choose_device, output_file, positive_integer
 from compare import DEFAULT_MODEL, NEED_MATPLOTLIB, batches
 from comparison import device_name
 from mmshiftkv import PrefillSelectionCache, ShiftKVConfig
-from mmshiftkv.policies import ShiftKV
+from mmshiftkv.methods.shiftkv import ShiftKV
 from scoring import anls, estimate, exact_match
 from shiftkv_kernels import vote
 from tiny_vlm.answering import MAX_NEW_TOKENS, answer, build_inputs, existing_folder, load

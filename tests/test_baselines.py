@@ -10,9 +10,14 @@ from transformers import DynamicCache
 import mmshiftkv
 import models
 from mmshiftkv import METHODS, PrefillSelectionCache, SnapKVCache, make_cache
-from mmshiftkv.baselines import BASELINES, ExpectedAttention, KeyDiff, Random, SnapKV, StreamingLLM
+from mmshiftkv.methods.expected_attention import ExpectedAttention
+from mmshiftkv.methods.keydiff import KeyDiff
+from mmshiftkv.methods.random_tokens import Random
+from mmshiftkv.methods.snapkv import SnapKV
+from mmshiftkv.methods.streaming_llm import StreamingLLM
 from mmshiftkv.model.decoder import Decoder
 from mmshiftkv.model.hooks import Observation
+from mmshiftkv.registry import BASELINES
 from test_exactness import assert_same, generate
 
 BUDGET = 12

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 import models
 from mmshiftkv import ShiftKVCache, select_tokens
-from mmshiftkv.policies import ShiftKV
+from mmshiftkv.methods.shiftkv import ShiftKV
 from test_exactness import assert_same, generate
 from test_masked_reference import assert_decodes_like_the_masked_full_cache
 from tiny_vlm.pages import held_out_examples

@@ -6,8 +6,8 @@ import torch
 
 import models
 from mmshiftkv import ShiftKVCache, ShiftKVConfig
-from mmshiftkv.config import tokens_set_aside
-from mmshiftkv.policies import ShiftKV, raise_highest
+from mmshiftkv.methods.config import tokens_set_aside
+from mmshiftkv.methods.shiftkv import ShiftKV, raise_highest
 from shiftkv_kernels import keep_best
 
 NAN = float("nan")
@@ -141,7 +141,7 @@ def test_no_place_set_aside_leaves_the_published_scores(share, monkeypatch):
     scores = [entry[-1] for entry in seen]
     seen.clear()
     if share == 0:
-        monkeypatch.setattr("mmshiftkv.policies.raise_highest", None)  # not even called
+        monkeypatch.setattr("mmshiftkv.methods.shiftkv.raise_highest", None)  # not even called
     cache = prefilled(model, inputs, budget=12, last_query_share=share)
     assert all(entry[-1].equal(before) for entry, before in zip(seen, scores, strict=True))
     assert all(cache.kept_indices(i).equal(published.kept_indices(i)) for i in range(3))

@@ -3,22 +3,23 @@
 from .analysis.calibration import Calibration, measure_statistics
 from .analysis.heatmap import draw_heatmap
 from .analysis.visual_tokens import TokenGrid, VisualTokenMap, visual_token_map
-from .baselines import (
+from .cache import PrefillSelectionCache
+from .decode.backend import decoding_backend
+from .decode.loop import decode_ahead
+from .methods.base import Policy
+from .methods.config import ShiftKVConfig
+from .methods.selection import select_tokens
+from .registry import (
     METHODS,
     ExpectedAttentionCache,
     KeyDiffCache,
     RandomCache,
+    ShiftKVCache,
     SnapKVCache,
     StreamingLLMCache,
     make_cache,
 )
-from .cache import PrefillSelectionCache, ShiftKVCache
-from .config import ShiftKVConfig
-from .decode.backend import decoding_backend
-from .decode.loop import decode_ahead
-from .policies import Policy
 from .report import CacheReport
-from .selection import select_tokens
 
 __all__ = [
     "METHODS",

@@ -11,11 +11,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from shiftkv_kernels import gather, keep_best
 
 from .checks import BACKENDS, check_budget, check_choice, check_prefill, tokens_to_keep
-from .config import ShiftKVConfig
+from .methods.base import Policy
 from .model.decoder import Decoder, text_decoder
 from .model.hooks import Observation, Observer
 from .model.padding import PromptPadding
-from .policies import Policy, ShiftKV
 from .report import CacheReport, report_of
 from .storage.growing import SelectedLayer
 from .storage.room import Room, obstacle_to_compiling
@@ -315,41 +314,3 @@ class PrefillSelectionCache(DynamicCache):
             self.layers[index] = self._room.move_in(index, kept, keys, values)
         else:
             layer.keep_selection(kept, *gather(keys, values, kept, backend=self._backend), seen)
-
-
-class ShiftKVCache(PrefillSelectionCache):
-    """A KV cache that keeps the prompt tokens which MM-ShiftKV selects.
-
-    `ShiftKVCache(model, budget=64)` takes the published settings of the model's family
-    (`ShiftKVConfig.for_model`) with the given ones on top; `ShiftKVCache(model, config)` takes a config as it is.  Pass
-    it as `past_key_values` to `model.generate`.
-
-    Args:
-        model: the model that the cache will be used with.
-        config: all settings.
-        settings: fields of `ShiftKVConfig`, at least `budget`, and `preset`; not together with `config`.
-
-    Raises:
-        TypeError: both or neither of config and settings, an unknown field, a value of the wrong type.
-        ValueError: a value out of range, or a model that is not supported; the message says what is wrong.
-    """
-
-    def __init__(self, model: PreTrainedModel, config: ShiftKVConfig | None = None, **settings: Any) -> None:
-        text_decoder(model)
-        if config is None:
-            config = ShiftKVConfig.for_model(model, **settings)
-        elif settings:
-            raise TypeError(f"config and {', '.join(settings)} were both given; use config.replace(...) instead")
-        elif not isinstance(config, ShiftKVConfig):
-            raise TypeError(f"config={config!r} must be a ShiftKVConfig; the budget is a keyword: budget=64")
-        self.config = config
-        super().__init__(
-            model,
-            ShiftKV(config),
-            config.budget,
-            max_new_tokens=config.max_new_tokens,
-            prefill=config.prefill,
-            prompt_length=config.prompt_length,
-            backend=config.backend,
-        )
-        config.check_layers(len(self._decoder.blocks))

@@ -7,7 +7,7 @@ import models
 import variations
 import variations_note
 from mmshiftkv import ShiftKVConfig
-from mmshiftkv.policies import ShiftKV
+from mmshiftkv.methods.shiftkv import ShiftKV
 from tiny_vlm.pages import HELD_OUT_SEED
 
 SMALL = ["--count", "2", "--batch-size", "2", "--device", "cpu", "--tasks", "lookup", "--budgets", "48", "8"]

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from ..baselines import METHODS, make_cache
 from ..checks import check_budget, check_choice
+from ..registry import METHODS, make_cache
 from .lmms_eval import missing
 
 try:

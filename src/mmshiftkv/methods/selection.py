@@ -4,9 +4,9 @@ import torch
 
 from shiftkv_kernels import group_mass, keep_best, vote
 
-from .checks import BACKENDS, check_choice, check_integer
+from ..checks import BACKENDS, check_choice, check_integer
+from ..model.padding import check_left_padding
 from .config import check_mass
-from .model.padding import check_left_padding
 
 
 def select_tokens(

@@ -2,8 +2,8 @@
 
 import torch
 
-from .model.hooks import Observation
-from .model.queries import AttentionLayer
+from ..model.hooks import Observation
+from ..model.queries import AttentionLayer
 
 
 def future_queries(

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .checks import BACKENDS, check_budget, check_choice, check_integer, check_prefill, check_real
+from ..checks import BACKENDS, check_budget, check_choice, check_integer, check_prefill, check_real
 
 # Published settings (method, "Published settings"); families not named here use the defaults, those of Qwen2.5-VL.
 _LLAVA = {"num_groups": 16, "stats_window": 512, "last_token_layers": 2}

@@ -1,4 +1,4 @@
-"""Baselines: the methods of the paper's tables as policies and caches, and a registry of all methods for scripts.
+"""The caches of all methods, and the registry that scripts find them in.
 
 Settings and conventions are those of NVIDIA's kvpress (https://github.com/NVIDIA/kvpress) where the papers leave them
 open, and the kept tokens agree with it (tests/test_kvpress.py) but for these differences, which hold for all methods:
@@ -17,13 +17,54 @@ from typing import Any
 
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from ..cache import PrefillSelectionCache, ShiftKVCache
-from ..checks import check_choice
-from .expected_attention import ExpectedAttention
-from .keydiff import KeyDiff
-from .random_tokens import Random
-from .snapkv import SnapKV
-from .streaming_llm import StreamingLLM
+from .cache import PrefillSelectionCache
+from .checks import check_choice
+from .methods.config import ShiftKVConfig
+from .methods.expected_attention import ExpectedAttention
+from .methods.keydiff import KeyDiff
+from .methods.random_tokens import Random
+from .methods.shiftkv import ShiftKV
+from .methods.snapkv import SnapKV
+from .methods.streaming_llm import StreamingLLM
+from .model.decoder import text_decoder
+
+
+class ShiftKVCache(PrefillSelectionCache):
+    """A KV cache that keeps the prompt tokens which MM-ShiftKV selects.
+
+    `ShiftKVCache(model, budget=64)` takes the published settings of the model's family
+    (`ShiftKVConfig.for_model`) with the given ones on top; `ShiftKVCache(model, config)` takes a config as it is.  Pass
+    it as `past_key_values` to `model.generate`.
+
+    Args:
+        model: the model that the cache will be used with.
+        config: all settings.
+        settings: fields of `ShiftKVConfig`, at least `budget`, and `preset`; not together with `config`.
+
+    Raises:
+        TypeError: both or neither of config and settings, an unknown field, a value of the wrong type.
+        ValueError: a value out of range, or a model that is not supported; the message says what is wrong.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: ShiftKVConfig | None = None, **settings: Any) -> None:
+        text_decoder(model)
+        if config is None:
+            config = ShiftKVConfig.for_model(model, **settings)
+        elif settings:
+            raise TypeError(f"config and {', '.join(settings)} were both given; use config.replace(...) instead")
+        elif not isinstance(config, ShiftKVConfig):
+            raise TypeError(f"config={config!r} must be a ShiftKVConfig; the budget is a keyword: budget=64")
+        self.config = config
+        super().__init__(
+            model,
+            ShiftKV(config),
+            config.budget,
+            max_new_tokens=config.max_new_tokens,
+            prefill=config.prefill,
+            prompt_length=config.prompt_length,
+            backend=config.backend,
+        )
+        config.check_layers(len(self._decoder.blocks))
 
 
 class _BaselineCache(PrefillSelectionCache):
@@ -142,20 +183,3 @@ def make_cache(name: str, model: PreTrainedModel, budget: int | float | None = N
     if name == "shiftkv":
         return ShiftKVCache(model, budget=budget, **settings)
     return BASELINES[name](model, budget, **settings)
-
-
-__all__ = [
-    "BASELINES",
-    "METHODS",
-    "ExpectedAttention",
-    "ExpectedAttentionCache",
-    "KeyDiff",
-    "KeyDiffCache",
-    "Random",
-    "RandomCache",
-    "SnapKV",
-    "SnapKVCache",
-    "StreamingLLM",
-    "StreamingLLMCache",
-    "make_cache",
-]

@@ -1,0 +1,1 @@
+"""Ways to score the tokens of a prompt, one a file."""
