@@ -4,12 +4,12 @@ import gc
 
 import pytest
 import torch
+from test_compiled import NEW_TOKENS, compiling
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 import models
 from mmshiftkv import ShiftKVCache, decode_ahead
-from test_compiled import NEW_TOKENS, compiling
 
 MODES = {
     "greedy": {},

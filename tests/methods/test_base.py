@@ -10,7 +10,7 @@ import torch
 import models
 from mmshiftkv import Policy, PrefillSelectionCache
 
-CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
+CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
 
 @dataclass(frozen=True)
