@@ -39,7 +39,7 @@ def test_the_snippets_run(vision_case, capsys):
 
 
 def test_the_results_are_those_on_record():
-    recorded = json.loads((ROOT / "examples" / "results" / "compare.json").read_text(encoding="utf-8"))
+    recorded = json.loads((ROOT / "examples" / "benchmarks" / "results" / "compare.json").read_text(encoding="utf-8"))
     by_name = {
         (result["method"].replace("_", ""), str(result["budget"] or "-")): result for result in recorded["results"]
     }
@@ -56,7 +56,7 @@ def test_the_results_are_those_on_record():
 
 
 def test_the_costs_are_those_on_record():
-    recorded = json.loads((ROOT / "examples" / "results" / "selection.json").read_text(encoding="utf-8"))
+    recorded = json.loads((ROOT / "examples" / "benchmarks" / "results" / "selection.json").read_text(encoding="utf-8"))
     for tokens in recorded["settings"]["lengths"]:
         (selection,) = (row for row in recorded["selection"] if (row["batch"], row["tokens"]) == (1, tokens))
         full, shiftkv = (row for row in recorded["prefill"] if row["tokens"] == tokens)
@@ -73,7 +73,7 @@ def test_the_costs_are_those_on_record():
 
 
 def test_the_times_per_token_are_those_on_record():
-    results = ROOT / "examples" / "results"
+    results = ROOT / "examples" / "benchmarks" / "results"
     one, eight = (
         json.loads((results / name).read_text(encoding="utf-8")) for name in ("decoding.json", "decoding_batch_8.json")
     )

@@ -1,7 +1,8 @@
 """The caches of all methods, and the registry that scripts find them in.
 
 Settings and conventions are those of NVIDIA's kvpress (https://github.com/NVIDIA/kvpress) where the papers leave them
-open, and the kept tokens agree with it (tests/methods/test_kvpress.py) but for these differences, which hold for all methods:
+open, and the kept tokens agree with it (tests/methods/test_kvpress.py) but for these differences, which hold for all
+methods:
 
 - a budget is the number of tokens kept per KV head and layer, and the last token is always among them;
 - padding on the left of a row is neither counted nor scored;

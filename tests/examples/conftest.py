@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-import compare
+from benchmarks.quality import compare
 from tiny_vlm.answering import load
 
 

@@ -8,9 +8,9 @@ import transformers
 from PIL import Image
 from transformers import DynamicCache
 
-import compare
+from benchmarks.quality import compare
+from benchmarks.quality.scoring import summarize
 from mmshiftkv import ShiftKVCache
-from scoring import summarize
 
 SMALL = ["--count", "2", "--batch-size", "2", "--device", "cpu"]
 ALONE = ["--methods", "shiftkv"]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import CompileConfig, GenerationConfig
 
-import decode_benchmark
-from decode_benchmark import (
+from benchmarks.speed import decoding
+from benchmarks.speed.decoding import (
     CacheKind,
     Measurement,
     Turn,
@@ -16,7 +16,7 @@ from decode_benchmark import (
     shiftkv_kind,
     static_kind,
 )
-from random_models import random_model
+from benchmarks.speed.random_models import random_model
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def model():
 def measured(model, kinds, **settings):
     """All rows, by name and prompt length."""
     settings = {"batches": [1], "lengths": [12], "new_tokens": 6, "repeats": 1} | settings
-    batches = list(decode_benchmark.measure(model, kinds, **settings))
+    batches = list(decoding.measure(model, kinds, **settings))
     return {(row.cache, row.tokens): row for rows in batches for row in rows}
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import compare
+from benchmarks.quality import compare
 from tiny_vlm import documents
 from tiny_vlm.pages import (
     ALL_FONTS,
@@ -163,7 +163,7 @@ def test_builtin_font_needs_no_matplotlib():
         "print(len(list(pages.held_out_examples(2, fonts=pages.BUILTIN_FONTS))))\n"
         "list(pages.held_out_examples(8))\n"
     )
-    folder = Path(compare.__file__).parent
+    folder = Path(compare.__file__).parents[2]
     run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     assert run.stdout == "2\n"
     assert run.returncode != 0

@@ -1,7 +1,7 @@
 import torch
 from transformers import DynamicCache
 
-import recall
+from benchmarks.quality import recall
 from mmshiftkv import ShiftKVCache, make_cache
 from tiny_vlm.answering import answer_tokens, build_inputs
 from tiny_vlm.pages import BUILTIN_FONTS, held_out_of_task

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scoring import anls, bootstrap_interval, edit_distance, exact_match, summarize
+from benchmarks.quality.scoring import anls, bootstrap_interval, edit_distance, exact_match, summarize
 
 TEXTS = st.text(alphabet="abAB1 .\n", max_size=12)
 

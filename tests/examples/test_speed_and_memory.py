@@ -8,8 +8,8 @@ import torch
 import transformers
 from PIL import Image
 
-import speed_and_memory
-from random_models import random_model
+from benchmarks.speed import speed_and_memory
+from benchmarks.speed.random_models import random_model
 from tiny_llava import save_tiny_llava
 
 SMALL = ["--device", "cpu", "--lengths", "20", "40", "--budgets", "8", "24", "--new-tokens", "6", "--repeats", "2"]

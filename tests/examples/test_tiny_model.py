@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, DynamicCache, Qwen2_5_VLForConditionalGeneration
 
-import compare
+from benchmarks.quality import compare
 from tiny_vlm import build
 from tiny_vlm.answering import MAX_NEW_TOKENS, answer, build_inputs
 from tiny_vlm.pages import held_out_of_task

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-import compare
+from benchmarks.quality import compare
 from tiny_vlm.batches import (
     ANSWER_START,
     END,

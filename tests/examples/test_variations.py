@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import models
-import variations
-import variations_note
+from benchmarks.quality import variations, variations_note
 from mmshiftkv import ShiftKVConfig
 from mmshiftkv.methods.shiftkv import ShiftKV
 from tiny_vlm.pages import HELD_OUT_SEED

@@ -14,7 +14,7 @@ from ..checks import BACKENDS, check_budget, check_choice, check_integer, check_
 _LLAVA = {"num_groups": 16, "stats_window": 512, "last_token_layers": 2}
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {"llava": _LLAVA, "llava_next": _LLAVA}
 
-# Found on generated documents with the embedded model, see examples/results/variations.md.
+# Found on generated documents with the embedded model, see examples/benchmarks/results/variations.md.
 PRESETS: dict[str, dict[str, Any]] = {"published": {}, "small-budget": {"mass": 0.5}}
 
 

@@ -11,8 +11,8 @@ import torch
 import transformers
 from transformers import Cache
 
+from benchmarks.quality.scoring import Estimate, Summary
 from mmshiftkv import make_cache
-from scoring import Estimate, Summary
 
 SNAPKV_WINDOW = 32
 RECALL = "decode_attention_recall"

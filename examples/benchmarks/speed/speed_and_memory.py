@@ -2,10 +2,10 @@
 
     python speed_and_memory.py --random-weights qwen2.5-vl-7b --json decode.json --plot decode.png
     python speed_and_memory.py --model Qwen/Qwen2.5-VL-7B-Instruct --batches 1 --lengths 2048 8192
-    python speed_and_memory.py --selection --json examples/results/selection.json
+    python speed_and_memory.py --selection --json examples/benchmarks/results/selection.json
 
 Without `--selection` it measures the time per token and the memory of plain `model.generate` with DynamicCache,
-StaticCache and ShiftKVCache, by length of the prompt and size of the batch; decode_benchmark.py says how. Prompts are
+StaticCache and ShiftKVCache, by length of the prompt and size of the batch; decoding.py says how. Prompts are
 random text, so that any decoder will do, and no token ends them. Without a model the small Qwen2.5-VL next to this file
 decodes. The file of `--json` is written anew after each batch size.
 
@@ -32,14 +32,14 @@ import triton
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-import decode_benchmark
-import decode_report
-import prefill_benchmark
-import selection_benchmark
-from common import DTYPES, choose_device, existing_file, output_file, positive_integer
-from random_models import SHAPES, random_model
+if not __package__:  # run as a script: its own folder is on the path, the folder examples is not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-ASSETS = Path(__file__).resolve().parent / "assets"
+from benchmarks.speed import decoding, decoding_report, prefill, selection
+from benchmarks.speed.random_models import SHAPES, random_model
+from common import DTYPES, choose_device, existing_file, output_file, positive_integer
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
 PREFILL_REPEATS = 7
 CACHES = ("dynamic", "static", "shiftkv")
 # By device; "selection" has its own.  A CPU decodes with the small model in a minute or two.
@@ -98,7 +98,7 @@ def _add_decoding(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--new-tokens",
         type=positive_integer,
-        help=f"generated in each run; the first {decode_benchmark.UNTIMED} are not timed (default: 256; CPU: 32)",
+        help=f"generated in each run; the first {decoding.UNTIMED} are not timed (default: 256; CPU: 32)",
     )
     group.add_argument("--dtype", choices=DTYPES, help="auto: the checkpoint's (default: bfloat16; CPU: float32)")
     group.add_argument("--attn", help="attention implementation (default: sdpa)")
@@ -143,10 +143,8 @@ def _check_decoding(parser: argparse.ArgumentParser, arguments: argparse.Namespa
     arguments.caches, arguments.attn = arguments.caches or list(CACHES), arguments.attn or "sdpa"
     arguments.may_drop_lengths = arguments.lengths is None
     _fill_in(arguments, DEFAULTS["cuda" if arguments.device.type == "cuda" else "cpu"])
-    if arguments.new_tokens <= decode_benchmark.UNTIMED:
-        parser.error(
-            f"--new-tokens {arguments.new_tokens}: the first {decode_benchmark.UNTIMED} of a run are not timed"
-        )
+    if arguments.new_tokens <= decoding.UNTIMED:
+        parser.error(f"--new-tokens {arguments.new_tokens}: the first {decoding.UNTIMED} of a run are not timed")
 
 
 def load_model(arguments: argparse.Namespace) -> Any:
@@ -180,7 +178,7 @@ def fitting_lengths(model: Any, arguments: argparse.Namespace) -> list[int]:
     return fitting
 
 
-def cache_kinds(model: Any, arguments: argparse.Namespace) -> list[decode_benchmark.CacheKind]:
+def cache_kinds(model: Any, arguments: argparse.Namespace) -> list[decoding.CacheKind]:
     """The caches that were asked for.
 
     Raises:
@@ -188,13 +186,13 @@ def cache_kinds(model: Any, arguments: argparse.Namespace) -> list[decode_benchm
     """
     kinds = []
     if "dynamic" in arguments.caches:
-        kinds.append(decode_benchmark.dynamic_kind(model))
+        kinds.append(decoding.dynamic_kind(model))
     if "static" in arguments.caches:
-        kinds.append(decode_benchmark.static_kind(model))
+        kinds.append(decoding.static_kind(model))
     if "shiftkv" in arguments.caches:
         for budget in arguments.budgets:
-            kind = decode_benchmark.shiftkv_kind(model, budget)
-            kinds += [kind, decode_benchmark.decode_ahead_kind(kind)]
+            kind = decoding.shiftkv_kind(model, budget)
+            kinds += [kind, decoding.decode_ahead_kind(kind)]
     for kind in kinds:
         kind.make_cache(arguments.lengths[0], arguments.new_tokens)
     return kinds
@@ -222,7 +220,7 @@ def decoding_settings(model: Any, arguments: argparse.Namespace) -> dict[str, An
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": arguments.attn,
         **{name: getattr(arguments, name) for name in names},
-        "untimed_tokens": decode_benchmark.UNTIMED,
+        "untimed_tokens": decoding.UNTIMED,
     }
 
 
@@ -239,7 +237,7 @@ def decode(arguments: argparse.Namespace) -> None:
         "environment": environment(model.device),
         "rows": [],
     }
-    for rows in decode_benchmark.measure(
+    for rows in decoding.measure(
         model,
         kinds,
         batches=arguments.batches,
@@ -265,10 +263,10 @@ def show(records: Sequence[dict[str, Any]], plot: Path | None) -> None:
     ]
     if len(set(titles)) > 1:
         raise ValueError(f"--read: these cannot be shown together: {'; '.join(sorted(set(titles)))}")
-    rows = [decode_report.Row(**row) for record in records for row in record["rows"]]
-    print(titles[0], decode_report.table(rows), sep="\n\n")
+    rows = [decoding_report.Row(**row) for record in records for row in record["rows"]]
+    print(titles[0], decoding_report.table(rows), sep="\n\n")
     if plot:
-        decode_report.draw_plot(rows, titles[0]).savefig(plot, dpi=150)
+        decoding_report.draw_plot(rows, titles[0]).savefig(plot, dpi=150)
 
 
 def read(arguments: argparse.Namespace) -> None:
@@ -281,21 +279,21 @@ def read(arguments: argparse.Namespace) -> None:
 
 def measure_selection(arguments: argparse.Namespace, device: torch.device) -> tuple[tuple[float, float], list[Any]]:
     """The measured rates, and a row for each batch size and length."""
-    shapes = selection_benchmark.TINY if arguments.tiny else selection_benchmark.Shapes(budget=arguments.budgets[0])
-    rates = selection_benchmark.measured_rates(device)
+    shapes = selection.TINY if arguments.tiny else selection.Shapes(budget=arguments.budgets[0])
+    rates = selection.measured_rates(device)
     cases = [(batch, tokens) for batch in arguments.batches for tokens in arguments.lengths]
     rows = [
-        selection_benchmark.measure(shapes, batch, tokens, device, arguments.repeats, rates, "auto")
+        selection.measure(shapes, batch, tokens, device, arguments.repeats, rates, "auto")
         for batch, tokens in tqdm(cases, desc="selection", unit="case")
     ]
     return rates, rows
 
 
-def measure_prefill(arguments: argparse.Namespace, device: torch.device) -> list[prefill_benchmark.Prefill]:
+def measure_prefill(arguments: argparse.Namespace, device: torch.device) -> list[prefill.Prefill]:
     """Prefills of one row of tokens, at each length."""
     name, dtype = ("tiny", torch.float32) if arguments.tiny else ("qwen2.5-vl-7b", torch.bfloat16)
     model = random_model(name, device, dtype)
-    return prefill_benchmark.measure(
+    return prefill.measure(
         model,
         lengths=arguments.lengths,
         batches=[1],
@@ -311,9 +309,9 @@ def select(arguments: argparse.Namespace) -> None:
     prefills = measure_prefill(arguments, device)
     print(f"measured: matrix products {rates[0] / 1e12:.1f} TFLOP/s, copies {rates[1] / 1e9:.0f} GB/s")
     print("\nselection, milliseconds per layer (steps: from graph replay)")
-    print("\n".join(selection_benchmark.table(rows)))
+    print("\n".join(selection.table(rows)))
     print("\nprefill to the first token, cache building included")
-    print(prefill_benchmark.table(prefills))
+    print(prefill.table(prefills))
     if arguments.json:
         settings = {name: getattr(arguments, name) for name in ("selection", "lengths", "batches", "repeats", "tiny")}
         record = {

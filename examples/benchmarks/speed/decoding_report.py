@@ -1,4 +1,4 @@
-"""What decode_benchmark.py has measured, as a table and as a plot."""
+"""What decoding.py has measured, as a table and as a plot."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -15,8 +15,10 @@ import argparse
 import importlib.util
 import json
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,16 +26,19 @@ import torch
 import transformers
 from tqdm import tqdm
 
+if not __package__:  # run as a script: its own folder is on the path, the folder examples is not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.quality.compare import DEFAULT_MODEL, NEED_MATPLOTLIB, batches
+from benchmarks.quality.comparison import device_name
+from benchmarks.quality.scoring import anls, estimate, exact_match
+from benchmarks.quality.variations_note import PUBLISHED, difference, note, read_run
 from common import DTYPES, choose_device, output_file, positive_integer
-from compare import DEFAULT_MODEL, NEED_MATPLOTLIB, batches
-from comparison import device_name
 from mmshiftkv import PrefillSelectionCache, ShiftKVConfig
 from mmshiftkv.methods.shiftkv import ShiftKV
-from scoring import anls, estimate, exact_match
 from shiftkv_kernels import vote
 from tiny_vlm.answering import MAX_NEW_TOKENS, answer, build_inputs, existing_folder, load
 from tiny_vlm.pages import ALL_FONTS, BUILTIN_FONTS, HELD_OUT_SEED, TASKS, held_out_of_task
-from variations_note import PUBLISHED, difference, note, read_run
 
 DEVELOPMENT_SEED = HELD_OUT_SEED + 2  # calibrate.py has the one between
 

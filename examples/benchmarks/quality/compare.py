@@ -21,15 +21,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+if not __package__:  # run as a script: its own folder is on the path, the folder examples is not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import mmshiftkv
+from benchmarks.quality.comparison import Recall, Result, Setup, draw_plot, recall_table, record, table
+from benchmarks.quality.recall import decode_attention, recall
+from benchmarks.quality.scoring import estimate, summarize
 from common import DTYPES, choose_device, positive_integer
-from comparison import Recall, Result, Setup, draw_plot, recall_table, record, table
-from recall import decode_attention, recall
-from scoring import estimate, summarize
 from tiny_vlm.answering import MAX_NEW_TOKENS, answer_tokens, build_inputs, existing_folder, load
 from tiny_vlm.pages import ALL_FONTS, BUILTIN_FONTS, HELD_OUT_SEED, TASKS, Example, held_out_of_task
 
-DEFAULT_MODEL = Path(__file__).resolve().parent / "assets" / "tiny_qwen2_5_vl"
+DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "assets" / "tiny_qwen2_5_vl"
 # In the order of the paper's tables; the full cache is always measured.
 METHODS = [*(method for method in mmshiftkv.METHODS if method not in ("full", "shiftkv")), "shiftkv"]
 NEED_MATPLOTLIB = 'needs matplotlib: pip install "mmshiftkv[plot]"'

@@ -34,7 +34,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from decode_report import Row
+from benchmarks.speed.decoding_report import Row
 from mmshiftkv import PrefillSelectionCache, ShiftKVCache, decode_ahead
 
 # The first tokens of each call: the prefill gives one, the next compiles, the next two record and check CUDA graphs.

@@ -1,0 +1,1 @@
+"""Measurements that the documents quote: of quality and of speed."""

@@ -1,0 +1,1 @@
+"""How many answers stay right when the cache is compressed."""

@@ -1,0 +1,1 @@
+"""Time per token, time of a prefill, and memory."""
