@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 from common import existing_file, family_arguments
-from mmshiftkv import ShiftKVCache
+from mmshiftkv import CACHE_ARGUMENT, ShiftKVCache
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     inputs = build_inputs(processor, arguments.image, arguments.question).to(model.device, model.dtype)
 
     cache = ShiftKVCache(model, budget=arguments.budget)
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+    output = model.generate(
+        **inputs, **{CACHE_ARGUMENT: cache}, max_new_tokens=arguments.max_new_tokens, do_sample=False
+    )
     print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     print(cache.report())
 

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 from common import DTYPES, budget, existing_file, positive_integer
-from mmshiftkv import ShiftKVCache
+from mmshiftkv import CACHE_ARGUMENT, ShiftKVCache
 from mmshiftkv.report import format_bytes
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -80,7 +80,7 @@ def build_inputs(processor: Any, image: str, question: str) -> Any:
 
 def generate_answer(model: Any, processor: Any, inputs: Any, cache: DynamicCache, max_new_tokens: int) -> str:
     """The model's greedy answer; `cache` must be empty, and holds prompt and answer afterwards."""
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
+    output = model.generate(**inputs, **{CACHE_ARGUMENT: cache}, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 

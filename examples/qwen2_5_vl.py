@@ -16,7 +16,7 @@ from qwen_vl_utils import process_vision_info
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from common import existing_file, family_arguments
-from mmshiftkv import ShiftKVCache
+from mmshiftkv import CACHE_ARGUMENT, ShiftKVCache
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     inputs = build_inputs(processor, messages).to(model.device)
 
     cache = ShiftKVCache(model, budget=arguments.budget)
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+    output = model.generate(
+        **inputs, **{CACHE_ARGUMENT: cache}, max_new_tokens=arguments.max_new_tokens, do_sample=False
+    )
     print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     print(cache.report())
 

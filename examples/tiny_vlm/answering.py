@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Cache
 
+from mmshiftkv import CACHE_ARGUMENT
+
 # Room for the longest answer that a page can have, by task.
 MAX_NEW_TOKENS = {"lookup": 24, "multi": 64, "line": 64, "all": 320}
 
@@ -45,7 +47,7 @@ def build_inputs(processor: Any, images: Sequence[Image.Image], questions: Seque
 def answer_tokens(model: Any, inputs: Any, cache: Cache, max_new_tokens: int) -> torch.Tensor:
     """The greedy answers to the prompts of `build_inputs`, (B, n) ids; `cache` is new and serves this call only."""
     inputs = inputs.to(model.device, model.dtype)
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
+    output = model.generate(**inputs, **{CACHE_ARGUMENT: cache}, max_new_tokens=max_new_tokens, do_sample=False)
     return output[:, inputs["input_ids"].shape[1] :]
 
 

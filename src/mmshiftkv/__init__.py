@@ -9,6 +9,7 @@ from .decode.loop import decode_ahead
 from .methods.base import Policy
 from .methods.config import ShiftKVConfig
 from .methods.selection import select_tokens
+from .model.arguments import CACHE_ARGUMENT
 from .registry import (
     METHODS,
     ExpectedAttentionCache,
@@ -22,6 +23,7 @@ from .registry import (
 from .report import CacheReport
 
 __all__ = [
+    "CACHE_ARGUMENT",
     "METHODS",
     "CacheReport",
     "Calibration",

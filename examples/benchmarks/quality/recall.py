@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from mmshiftkv import PrefillSelectionCache
+from mmshiftkv import CACHE_ARGUMENT, PrefillSelectionCache
 
 STEPS_AT_ONCE = 32  # bounds the attention weights: layers x (batch, heads, so many, tokens)
 
@@ -68,7 +68,7 @@ def decode_attention(model: Any, inputs: Any, answers: torch.Tensor, cache: Dyna
             output = model.generate(
                 torch.cat([prompts, answers[:, :stop]], dim=1),
                 attention_mask=torch.cat([mask, torch.ones_like(answers[:, :stop])], dim=1),
-                past_key_values=cache,
+                **{CACHE_ARGUMENT: cache},
                 max_new_tokens=1,
                 do_sample=False,
                 output_attentions=True,

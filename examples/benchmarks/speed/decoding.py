@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from benchmarks.speed.decoding_report import Row
-from mmshiftkv import PrefillSelectionCache, ShiftKVCache, decode_ahead
+from mmshiftkv import CACHE_ARGUMENT, PrefillSelectionCache, ShiftKVCache, decode_ahead
 
 # The first tokens of each call: the prefill gives one, the next compiles, the next two record and check CUDA graphs.
 UNTIMED = 4
@@ -204,7 +204,7 @@ def run_once(model: Any, kind: CacheKind, ids: torch.Tensor, new_tokens: int) ->
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},
         max_new_tokens=new_tokens,
         do_sample=False,
         stopping_criteria=StoppingCriteriaList([clock]),
@@ -319,7 +319,7 @@ class Measurement:
             ids = random_prompt(self._model, 1, 4)
             small = ShiftKVCache(self._model, budget=1, max_new_tokens=1)
             self._model.generate(
-                ids, attention_mask=torch.ones_like(ids), past_key_values=small, max_new_tokens=1, do_sample=False
+                ids, attention_mask=torch.ones_like(ids), **{CACHE_ARGUMENT: small}, max_new_tokens=1, do_sample=False
             )
             del small
         free_unused(self._device)

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import Cache, DynamicCache
 
-from mmshiftkv import ShiftKVCache
+from mmshiftkv import CACHE_ARGUMENT, ShiftKVCache
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def run_once(model: Any, ids: torch.Tensor, make_cache: Callable[[], Cache]) -> 
     start = time.perf_counter()
     cache = make_cache()
     with torch.no_grad():
-        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(ids, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1).logits
     logits.argmax(-1).cpu()
     seconds = time.perf_counter() - start
     if not on_gpu:

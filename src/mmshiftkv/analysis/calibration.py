@@ -16,6 +16,7 @@ from shiftkv_kernels import token_statistics
 from shiftkv_kernels.reference import prompt_statistics
 
 from ..checks import check_integer
+from ..model.arguments import CACHE_ARGUMENT
 from ..model.decoder import Decoder, text_decoder
 from ..model.padding import check_left_padding
 from .figures import new_figure
@@ -216,7 +217,7 @@ def _run(
     with _recorded(decoder) as pieces:
         output = model.generate(
             **inputs,
-            past_key_values=DynamicCache(config=model.config),
+            **{CACHE_ARGUMENT: DynamicCache(config=model.config)},
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,

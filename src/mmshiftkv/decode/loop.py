@@ -1,7 +1,6 @@
 """A decoding loop for `generate` that leaves the device nothing to wait for."""
 
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from ..cache import PrefillSelectionCache
-from ..model.queries import CACHE_ARGUMENTS
+from ..model.arguments import CACHE_ARGUMENT, CACHE_ARGUMENTS
 from .backend import decoding_backend
 
 
@@ -172,13 +171,11 @@ class _Loop:
         """What `generate` returns."""
         if not self._config.return_dict_in_generate:
             return self.ids
-        names = [field.name for field in fields(GenerateDecoderOnlyOutput)]
-        name = next(name for name in CACHE_ARGUMENTS if name in names)
         return GenerateDecoderOnlyOutput(
             sequences=self.ids,
             scores=tuple(self._scores) if self._config.output_scores else None,
             logits=tuple(self._logits) if self._config.output_logits else None,
-            **{name: cache},
+            **{CACHE_ARGUMENT: cache},
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..checks import check_budget, check_choice
+from ..model.arguments import CACHE_ARGUMENT
 from ..registry import METHODS, make_cache
 from .lmms_eval import missing
 
@@ -39,7 +40,8 @@ class _Generator:
         if self.failure is not None:
             raise self.failure
         try:
-            return self._model.generate(*args, past_key_values=make_cache(*self._cache, **self._settings), **kwargs)
+            cache = make_cache(*self._cache, **self._settings)
+            return self._model.generate(*args, **{CACHE_ARGUMENT: cache}, **kwargs)
         except Exception as error:
             self.failure = error
             raise

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .arguments import CACHE_ARGUMENTS
 from .decoder import Decoder
-from .queries import CACHE_ARGUMENTS
 
 # Registering a hook is not atomic in torch, and caches of one model may live in several threads.  Reentrant, because
 # a cache that dies while the lock is held takes its hooks off in the same thread.

@@ -12,8 +12,8 @@ from torch import nn
 
 from shiftkv_kernels import rotate_queries
 
-# What models and `generate` call the cache: since transformers 5.24, and before.
-CACHE_ARGUMENTS = ("cache", "past_key_values")
+from .arguments import CACHE_ARGUMENTS
+
 # What an attention module may have that changes its logits in a way the proxies' logits would miss.
 _FOREIGN_PARTS = {
     "sinks": "attention sinks",
