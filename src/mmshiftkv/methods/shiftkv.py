@@ -6,7 +6,7 @@ import torch
 
 from shiftkv_kernels import draw_samples, group_mass, token_statistics, vote
 
-from ..model.hooks import Observation
+from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
 from .config import ShiftKVConfig
 from .proxies import future_queries
@@ -20,7 +20,7 @@ class PromptSummary:
 
     token_means: torch.Tensor
     token_squares: torch.Tensor
-    last: Observation
+    last: LayerInput
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class ShiftKV:
 
     config: ShiftKVConfig
 
-    def observe(self, layer: AttentionLayer, observation: Observation, earlier: PromptSummary | None) -> PromptSummary:
+    def observe(self, layer: AttentionLayer, inputs: LayerInput, earlier: PromptSummary | None) -> PromptSummary:
         """Token statistics of all tokens so far, and a copy of the last token's state."""
-        means, squares = token_statistics(observation.hidden_states, backend=self.config.backend)
+        means, squares = token_statistics(inputs.hidden_states, backend=self.config.backend)
         if earlier is not None:
             means = torch.cat([earlier.token_means, means], dim=1)
             squares = torch.cat([earlier.token_squares, squares], dim=1)
-        tokens = observation.hidden_states.shape[1]
-        last = observation.tokens(tokens - 1, tokens)
+        tokens = inputs.hidden_states.shape[1]
+        last = inputs.tokens(tokens - 1, tokens)
         # Only the hidden states are this layer's own: a view would keep all of them alive.
         return PromptSummary(means, squares, replace(last, hidden_states=last.hidden_states.clone()))
 
