@@ -1,0 +1,453 @@
+"""What the documents say is what the repository does: snippets run, commands exist, tables are those on record."""
+
+import ast
+import importlib
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import DynamicCache
+
+from mmshiftkv import CACHE_ARGUMENT, METHODS, ShiftKVConfig, make_cache
+from mmshiftkv.integrations.lmms_eval import MODELS
+from mmshiftkv.methods.config import FAMILY_SETTINGS
+from mmshiftkv.report import format_bytes
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "examples" / "benchmarks" / "results"
+README, CONTRIBUTING = "README.md", "CONTRIBUTING.md"
+DOCUMENTS = [README, CONTRIBUTING, "CHANGELOG.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
+# Packages that a snippet may need and `.[dev]` does not bring, and what they warn of themselves.
+OPTIONAL = {"peft": "is_gradient_checkpointing"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its text and the section (`##`) that it is in, "" for what comes before one."""
+
+    language: str
+    text: str
+    section: str
+
+
+def blocks_of(name):
+    found, section = [], ""
+    for fence, language, text, heading in re.findall(r"^(```)(\w*)\n(.*?)^```$|^## ([^\n]+)$", TEXTS[name], re.M | re.S):
+        if fence:
+            found.append(Block(language, text, section))
+        else:
+            section = heading
+    return found
+
+
+BLOCKS = {name: blocks_of(name) for name in DOCUMENTS}
+
+
+def record(name):
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def table(name, header):
+    """The rows, lists of cells, of the table whose header line begins so."""
+    (rows,) = re.findall(rf"^{re.escape(header)}.*\n\| ---.*\n((?:\|.*\n)+)", TEXTS[name], re.M)
+    return [re.split(r" \| ", line.strip("| ")) for line in rows.splitlines()]
+
+
+def runnable_sections():
+    return [
+        (name, section)
+        for name in DOCUMENTS
+        for section in dict.fromkeys(block.section for block in BLOCKS[name] if block.language == "python")
+    ]
+
+
+def document_prompt(processor):
+    image = Image.open(ROOT / "examples" / "assets" / "document_1.png")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "What is the Invoice?"}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def skip_without_packages(code):
+    for node in ast.walk(ast.parse(code)):
+        module = getattr(node, "module", None) if isinstance(node, ast.ImportFrom) else None
+        package = (module or "").partition(".")[0]
+        if package in OPTIONAL and importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+
+
+def skip_without_chunked_prefill(model, inputs):
+    options = {"max_new_tokens": 2, "prefill_chunk_size": 100, CACHE_ARGUMENT: DynamicCache(config=model.config)}
+    try:
+        model.generate(**inputs, **options)
+    except (ValueError, RuntimeError) as error:
+        pytest.skip(f"this transformers cannot prefill the model in chunks: {error}")
+
+
+@pytest.mark.parametrize(("name", "section"), runnable_sections())
+def test_the_snippets_run(name, section, vision_case, capsys, monkeypatch):
+    """Those of a section in order, behind those before the first section; their output is what the document shows."""
+    monkeypatch.chdir(ROOT)
+    case = vision_case("qwen2_5_vl")
+    inputs = document_prompt(case.processor)
+    if section == "Chunked prefill":
+        skip_without_chunked_prefill(case.model, inputs)
+    names = {"model": case.model, "inputs": inputs, "processor": case.processor, "torch": torch}
+    blocks = [block for block in BLOCKS[name] if block.section in ("", section)]
+    for place, block in enumerate(blocks):
+        if block.language != "python":
+            continue
+        code = re.sub(r"\bcache=(?=\w)", f"{CACHE_ARGUMENT}=", block.text)
+        skip_without_packages(code)
+        capsys.readouterr()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            exec(compile(code, name, "exec"), names)
+        assert [str(warning.message) for warning in caught if is_ours(warning)] == []
+        printed, shown = capsys.readouterr(), blocks[place + 1 : place + 2]
+        assert "FutureWarning" not in printed.err
+        if shown and shown[0].language == "text":
+            assert printed.out.splitlines() == shown[0].text.splitlines()
+
+
+def is_ours(warning):
+    """Whether it says that what the snippet does will change, and not what another package does."""
+    mild = not issubclass(warning.category, FutureWarning | DeprecationWarning)
+    return not mild and not any(word in str(warning.message) for word in OPTIONAL.values())
+
+
+def test_the_readme_is_short():
+    assert TEXTS[README].count("\n") <= 200
+    assert len(TEXTS[README].split()) <= 1800
+
+
+def test_ci_runs_the_command_that_the_readme_gives():
+    (command,) = [block.text.strip() for block in BLOCKS[README] if block.language == "bash" and "pytest" in block.text]
+    assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
+def test_the_first_command_prints_what_the_readme_shows(capsys):
+    quickstart = importlib.import_module("quickstart")
+    (shown,) = [block.text for block in BLOCKS[README] if block.language == "text"]
+    quickstart.main(["--device", "cpu"])
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(shown.splitlines())
+    for mine, theirs in zip(printed, shown.splitlines(), strict=True):
+        budget = re.match(r"ShiftKVCache, budget (\d+)", theirs)
+        if budget and int(budget[1]) < 128:  # what is read wrongly depends on the version of torch
+            mine, theirs = (line.rpartition("  ")[0] for line in (mine, theirs))
+        assert mine == theirs
+
+
+def slug(heading):
+    return re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).strip().replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    text = re.sub(r"^```.*?^```$", "", TEXTS[name], flags=re.M | re.S)
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        file = ((ROOT / name).parent / path).resolve() if path else ROOT / name
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
+            assert anchor in map(slug, headings), target
+
+
+def commands():
+    for name in DOCUMENTS:
+        for block in BLOCKS[name]:
+            if block.language == "bash":
+                for line in block.text.splitlines():
+                    yield from ((name, part) for part in line.split(" && "))
+        for inline in re.findall(r"`((?:pip|python) [^`]+)`", TEXTS[name]):
+            yield name, inline
+
+
+@pytest.mark.parametrize(("name", "command"), list(commands()))
+def test_commands_are_there(name, command, capsys, monkeypatch):
+    words = [word.removeprefix(".venv/bin/") for word in shlex.split(command, comments=True)]
+    extras = [extra for word in words for extra in re.findall(r"\[([\w,]+)\]", word)]
+    for extra in ",".join(extras).split(",") if extras else []:
+        assert extra in PROJECT["optional-dependencies"]
+    if words[:3] == ["python", "-m", "lmms_eval"]:
+        assert words[words.index("--model") + 1] in MODELS
+        return
+    if words[0] != "python":
+        assert words[0] in ("python3", "pip", "pytest", "ruff", "mypy")
+        return
+    script = Path(words[1])
+    assert (ROOT / script).is_file(), script
+    monkeypatch.setenv("COLUMNS", "200")
+    module = importlib.import_module(".".join(script.with_suffix("").parts[1:]))
+    with pytest.raises(SystemExit, match="0"):
+        module.main(["--help"])
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_what_a_dependent_project_writes_is_toml():
+    (block,) = [block for block in BLOCKS[README] if block.language == "toml"]
+    (dependency,) = tomllib.loads(block.text)["project"]["dependencies"]
+    assert dependency.startswith("mmshiftkv[vision] @ file:///")
+
+
+def test_the_versions_are_those_of_the_project():
+    python = PROJECT["requires-python"].removeprefix(">=")
+    wanted = dict(dependency.split(">=") for dependency in PROJECT["dependencies"])
+    assert (
+        f"Python {python} or later, torch {wanted['torch']} or later, transformers {wanted['transformers']} or later"
+        in TEXTS[README]
+    )
+    assert f"version = {{{PROJECT['version']}}}" in TEXTS[README]
+    assert f"license = {{{PROJECT['license']}}}" in TEXTS[README]
+
+
+CACHES = {
+    "full": "full",
+    "ShiftKV": "shiftkv",
+    "ExpectedAttention": "expected_attention",
+    "SnapKV": "snapkv",
+    "KeyDiff": "keydiff",
+    "StreamingLLM": "streaming_llm",
+    "Random": "random",
+}
+
+
+def quality():
+    """The tasks of each recorded (name, budget), as tables write them."""
+    names = {method: name for name, method in CACHES.items()}
+    return {
+        (names[result["method"]], str(result["budget"] or "-")): list(result["tasks"].values())
+        for result in record("compare.json")["results"]
+    }
+
+
+def percent(task, *measures):
+    return " / ".join(f"{100 * task[measure]['mean']:.1f}" for measure in measures)
+
+
+def test_the_quality_figures_are_those_on_record():
+    recorded = quality()
+    assert {task["count"] for tasks in recorded.values() for task in tasks} == {140}
+    rows = table(README, "| cache | budget | one field |")
+    assert {tuple(row[:2]) for row in rows} == {key for key in recorded if key[1] in ("-", "128", "64")}
+    for name, budget, *cells in rows:
+        assert cells == [percent(task, "exact_match") for task in recorded[name, budget]]
+    both, recalls = results_tables()
+    assert {tuple(row[:2]) for row in both} == set(recorded)
+    assert {tuple(row[:2]) for row in recalls} == {key for key in recorded if key[1] != "-"}
+    for name, budget, *cells in both:
+        assert cells == [percent(task, "exact_match", "anls") for task in recorded[name, budget]]
+    for name, budget, *cells in recalls:
+        assert cells == [percent(task, "decode_attention_recall") for task in recorded[name, budget]]
+
+
+def results_tables():
+    text = TEXTS["docs/results.md"]
+    found = re.findall(r"^\| cache \| budget \|.*\n\| ---.*\n((?:\|.*\n)+)", text, re.M)
+    return [[line.strip("| ").split(" | ") for line in rows.splitlines()] for rows in found]
+
+
+def decoding_rows():
+    one, eight = record("decoding.json"), record("decoding_batch_8.json")
+    rows = [*one["rows"], *eight["rows"]]
+    return one, eight, {name: [row for row in rows if row["cache"] == name] for name in (row["cache"] for row in rows)}
+
+
+def decoding_cell(row):
+    cell = f"{row['milliseconds']:.2f} ms, {format_bytes(row['cache_bytes'])}"
+    return f"{cell}, {row['tokens_per_second']:,.0f} tokens/s" if row["batch"] > 1 else cell
+
+
+def test_the_times_per_token_are_those_on_record():
+    one, eight, by_name = decoding_rows()
+    for settings in (one["settings"], eight["settings"]):
+        (batch,) = settings["batches"]
+        lengths = " ".join(map(str, settings["lengths"]))
+        command = f"--lengths {lengths} --batches {batch} --new-tokens {settings['new_tokens']} --repeats 2"
+        assert command in TEXTS["docs/performance.md"]
+        assert settings["repeats"] == 2
+    rows = table("docs/performance.md", "| cache | decoding | 2,048 prompt tokens |")
+    assert {row[0] for row in rows} == set(by_name)
+    for name, decoding, *cells in rows:
+        assert [decoding, *cells] == [by_name[name][0]["decoding"], *map(decoding_cell, by_name[name])]
+    rows = table(README, "| cache | decoding | 2,048 prompt tokens |")
+    assert {row[0] for row in rows} == set(by_name)
+    for name, *cells in rows:
+        found = by_name[name]
+        times = [f"{row['milliseconds']:.2f} ms" for row in found if row["batch"] == 1]
+        held = next(format_bytes(row["cache_bytes"]) for row in found if row["tokens"] == 32768)
+        (together,) = (row["tokens_per_second"] for row in found if (row["batch"], row["tokens"]) == (8, 8192))
+        assert cells == [found[0]["decoding"], *times, held, f"{together:,.0f} tokens/s"]
+
+
+def test_the_costs_are_those_on_record():
+    recorded = record("selection.json")
+    rows = table("docs/performance.md", "| prompt tokens | selection per layer |")
+    assert [row[0] for row in rows] == [f"{tokens:,}" for tokens in recorded["settings"]["lengths"]]
+    longer = []
+    for row, tokens in zip(rows, recorded["settings"]["lengths"], strict=True):
+        (selection,) = (found for found in recorded["selection"] if (found["batch"], found["tokens"]) == (1, tokens))
+        full, shiftkv = (found for found in recorded["prefill"] if found["tokens"] == tokens)
+        longer.append(shiftkv["seconds"] / full["seconds"])
+        assert row[1:] == [
+            f"{selection['selection']:.3f} ms",
+            f"{selection['materialized']:.3f} ms",
+            f"{selection['floor_products']:.3f} ms",
+            f"{selection['extra_memory']:.0f} ({selection['materialized_memory']:.0f}) MiB",
+            f"{1e3 * full['seconds']:.1f} ms",
+            f"{1e3 * shiftkv['seconds']:.1f} ms (x {longer[-1]:.3f})",
+            f"{shiftkv['peak'] / 2**20:.0f} instead of {full['peak'] / 2**20:.0f} MiB",
+        ]
+    flat = " ".join(TEXTS[README].split())
+    assert f"{100 * longer[-1] - 100:.1f} % (32,768 tokens) to {100 * longer[0] - 100:.1f} % (2,048) longer" in flat
+
+
+def test_the_gains_of_presets_are_those_on_record():
+    recorded = (RESULTS / "variations.md").read_text(encoding="utf-8").splitlines()
+    header = "| variation | development, 64 | difference |"
+    rows = table("docs/settings.md", header)
+    assert [row[0] for row in rows[:4]] == ["published", "mass=0.5", "seed=1", "seed=2"]
+    for row in rows:
+        assert f"| {' | '.join(row)} |" in recorded
+    assert next(line for line in recorded if line.startswith(header)) in TEXTS["docs/settings.md"]
+
+
+def test_the_settings_are_all_there():
+    rows = {name.strip("`"): default for name, default, _ in table("docs/settings.md", "| field | default |")}
+    assert list(rows) == [field.name for field in fields(ShiftKVConfig)]
+    for field in fields(ShiftKVConfig):
+        default, _, llava = rows[field.name].partition(" (LLaVA: ")
+        if field.name != "budget":
+            shown = f'"{field.default}"' if isinstance(field.default, str) else field.default
+            assert default == (f"{shown:g}" if isinstance(shown, float) else str(shown))
+        assert llava.rstrip(")") == str(FAMILY_SETTINGS["llava_next"].get(field.name, ""))
+
+
+def test_the_other_methods_take_the_settings_that_they_are_said_to(vision_case):
+    model = vision_case("qwen2_5_vl").model
+    rows = table("docs/settings.md", "| cache | name in `make_cache` |")
+    assert {name.strip('"') for _, name, _ in rows} == set(METHODS)
+    for kind, name, settings in rows:
+        given = {key: ast.literal_eval(value) for key, value in re.findall(r"`(\w+)=([^`]+)`", settings)}
+        cache, plain = (make_cache(name.strip('"'), model, 64, **keywords) for keywords in (given, {}))
+        assert type(cache).__name__ in kind
+        assert getattr(cache, "_method", None) == getattr(plain, "_method", None)  # they are the defaults
+
+
+def test_one_numbering_of_the_steps():
+    names = [
+        re.findall(r"^\d\. \*\*(.*?)\.\*\*", TEXTS[name].partition(heading)[2].partition("\n## ")[0], re.M)
+        for name, heading in ((README, "## What it does"), ("docs/method.md", "## The six steps"))
+    ]
+    assert len(names[0]) == len(names[1]) == 6
+    assert all(short.split()[-1].lower() in long.lower() for short, long in zip(*names, strict=True))
+    for root in ("src", "kernels"):
+        for path in (ROOT / root).rglob("*.py"):
+            cited = re.findall(r"method, steps? (\d+)(?: (?:to|and) (\d+))?", path.read_text(encoding="utf-8"))
+            assert all(1 <= int(step) <= 6 for steps in cited for step in steps if step), path
+
+
+def tree():
+    """The paths that the tree of CONTRIBUTING.md names."""
+    (block,) = [block for block in BLOCKS[CONTRIBUTING] if block.section == "Where things are"]
+    folders = {}
+    for line in block.text.splitlines():
+        names, _, _ = line.strip().partition("  ")
+        depth = len(line) - len(line.lstrip())
+        for name in names.split(", "):
+            path = folders.get(depth - 2, ROOT) / name
+            if name.endswith("/"):
+                folders[depth] = path
+            yield path
+
+
+def test_things_are_where_they_are_said_to_be():
+    named = set(tree())
+    assert [path for path in named if not path.exists()] == []
+    package = ROOT / "src" / "mmshiftkv"
+    for folder in (package, package / "model", package / "storage"):
+        missing = {path for path in folder.glob("*.py") if path.name != "__init__.py"} - named
+        assert missing == set()
+
+
+def test_functions_are_as_short_as_they_are_said_to_be():
+    long = {}
+    for path in (path for root in ("src", "kernels", "examples") for path in (ROOT / root).rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
+                long.setdefault(path.name, []).append(node.end_lineno - node.lineno + 1)
+    assert long == {"group_mass.py": [80, 92]}
+    assert "are longer (80 and 92 lines)" in TEXTS[CONTRIBUTING]
+
+
+def with_additions(source, diff):
+    """The source with the lines that a diff adds: behind the line of context before them, or else before the one after."""
+    for hunk in diff.split("...\n"):
+        added, before = [], ""
+        for line in [*hunk.splitlines(), ""]:
+            if line.startswith("+"):
+                added.append(line[1:] + "\n")
+                continue
+            context = line[1:] + "\n"
+            if added:
+                anchor = before or context
+                assert source.count(anchor) == 1, anchor
+                source = source.replace(anchor, before + "".join(added) + ("" if before else context))
+                added = []
+            before = context
+    return source
+
+
+def test_the_new_method_becomes_part_of_the_library(tmp_path):
+    """The notes for contributors, followed in a copy of the package."""
+    package = tmp_path / "mmshiftkv"
+    shutil.copytree(ROOT / "src" / "mmshiftkv", package)
+    (python,) = [block.text for block in BLOCKS[CONTRIBUTING] if block.language == "python"]
+    (diff,) = [block.text for block in BLOCKS[CONTRIBUTING] if block.language == "diff"]
+    method = python.partition("\n\ncache = ")[0]
+    importing = "from mmshiftkv import Method, PrefillSelectionCache"
+    assert importing in method
+    (package / "methods" / "longest_values.py").write_text(method.replace(importing, "from .base import Method") + "\n")
+    registry = package / "registry.py"
+    registry.write_text(with_additions(registry.read_text(encoding="utf-8"), diff), encoding="utf-8")
+    program = """
+import sys
+
+sys.path[:0] = sys.argv[1:]
+import models
+from mmshiftkv import CACHE_ARGUMENT, METHODS, make_cache
+
+model = models.text_model()
+cache = make_cache("longest_values", model, 8)
+model.generate(models.prompt_ids(), max_new_tokens=2, **{CACHE_ARGUMENT: cache})
+print(METHODS[-1], type(cache).__name__, tuple(cache.kept_indices(0).shape))
+"""
+    paths = [tmp_path, *(ROOT / folder for folder in ("kernels", "tests", "tests/examples", "examples"))]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, paths)], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["longest_values", "LongestValuesCache", "(1,", "2,", "8)"]
