@@ -191,7 +191,7 @@ class _Step:
         yield self._inputs
         while not loop.is_full:
             try:
-                slots, _ = self._cache.get_mask_sizes(1, 0)  # tells the cache of the step
+                self._cache.begin_pass(1)
             except ValueError:
                 if loop.has_ended():
                     return
@@ -199,6 +199,7 @@ class _Step:
             self._inputs["input_ids"].copy_(loop.tokens)
             if "position_ids" in self._inputs:
                 self._inputs["position_ids"].add_(1)
+            slots = self._cache.layers[0].slots
             mask = self._inputs["attention_mask"]
             if isinstance(mask, dict):
                 self._inputs["attention_mask"] = {kind: self._next_mask(part, slots) for kind, part in mask.items()}

@@ -8,6 +8,7 @@ from shiftkv_kernels import draw_samples, group_mass, token_statistics, vote
 
 from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
+from .base import Method
 from .config import ShiftKVConfig
 from .proxies import future_queries
 
@@ -24,7 +25,7 @@ class PromptSummary:
 
 
 @dataclass(frozen=True)
-class ShiftKV:
+class ShiftKV(Method):
     """MM-ShiftKV (Findings of ACL 2026): votes by the attention of variance-expanded query proxies.
 
     Attributes:
