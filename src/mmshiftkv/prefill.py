@@ -12,7 +12,7 @@ from .methods.base import Method, checked_scores, checked_values
 from .model.decoder import Decoder
 from .model.hooks import LayerInput, PrefillHooks
 from .model.padding import PromptPadding
-from .storage.base import Pair, SelectedLayer, Storage
+from .storage.base import Pair, SelectedLayer, Selection, Storage
 
 # While the last tokens may be taken back (assisted decoding: they are candidates), so many of them stay as they were
 # seen; a method's summary of tokens cannot be undone.
@@ -221,4 +221,4 @@ class Prefill:
         self._summaries.pop(index, None)
         self._tails.pop(index, None)
         self._ended += 1
-        return self._storage.store(index, layer, kept, keys, values, refitted)
+        return self._storage.store(index, layer, Selection(kept, keys, values, refitted))

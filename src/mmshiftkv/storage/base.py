@@ -2,11 +2,38 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is kept of one layer's prompt.
+
+    Attributes:
+        kept: (B, H_kv, C) int64, the columns to keep; None: all.
+        keys, values: (B, H_kv, T, D), of the whole prompt.
+        refitted: (B, H_kv, C, D), what to hold in place of the kept values; None: these.
+    """
+
+    kept: torch.Tensor | None
+    keys: torch.Tensor
+    values: torch.Tensor
+    refitted: torch.Tensor | None = None
+
+    @property
+    def seen(self) -> int:
+        """Columns of the prompt."""
+        return self.keys.shape[2]
+
+    @property
+    def stored(self) -> int:
+        """Columns that are kept."""
+        return self.seen if self.kept is None else self.kept.shape[2]
 
 
 class SelectedLayer(DynamicLayer, ABC):
@@ -146,23 +173,13 @@ class Storage(ABC):
         """Raises ValueError if the model has changed so that it could not read this storage."""
 
     @abstractmethod
-    def store(
-        self,
-        index: int,
-        layer: SelectedLayer,
-        kept: torch.Tensor | None,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        refitted: torch.Tensor | None = None,
-    ) -> SelectedLayer:
+    def store(self, index: int, layer: SelectedLayer, selection: Selection) -> SelectedLayer:
         """Takes a layer's prompt over.
 
         Args:
             index: the layer's number; layers come in order.
-            layer: what the prompt was collected in; it holds the whole prompt if `kept` is None.
-            kept: (B, H_kv, C) int64, the columns to keep; None: all.
-            keys, values: (B, H_kv, T, D), of the whole prompt.
-            refitted: (B, H_kv, C, D), values to hold in place of the kept ones; None: these.
+            layer: what the prompt was collected in; it holds the whole prompt if all of it is kept.
+            selection: what is kept.
 
         Returns:
             The layer that takes the place of `layer`.

@@ -6,7 +6,7 @@ import torch
 
 from shiftkv_kernels import gather
 
-from .base import Pair, SelectedLayer, Storage
+from .base import Pair, SelectedLayer, Selection, Storage
 
 _LEAST_GROWTH = 64  # slots
 
@@ -129,21 +129,16 @@ class GrowingStorage(Storage):
     def check(self) -> None:
         """Nothing: every attention reads it."""
 
-    def store(
-        self,
-        index: int,
-        layer: SelectedLayer,
-        kept: torch.Tensor | None,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        refitted: torch.Tensor | None = None,
-    ) -> SelectedLayer:
+    def store(self, index: int, layer: SelectedLayer, selection: Selection) -> SelectedLayer:
         """As in `Storage`: a new layer with the kept tokens, or `layer` itself if it keeps all."""
+        kept = selection.kept
         if kept is None:
             layer.keep_all()
             return layer
-        kept_keys, kept_values = gather(keys, values, kept, backend=self._backend)
-        return GrowingLayer.holding(kept, kept_keys, kept_values if refitted is None else refitted, keys.shape[2])
+        keys, values = gather(selection.keys, selection.values, kept, backend=self._backend)
+        if selection.refitted is not None:
+            values = selection.refitted
+        return GrowingLayer.holding(kept, keys, values, selection.seen)
 
     def reserve(self, tokens: int) -> None:
         """Nothing: there is always room."""

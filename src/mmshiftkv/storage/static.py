@@ -12,7 +12,7 @@ import torch
 from shiftkv_kernels import gather
 
 from ..model.decoder import Decoder
-from .base import Pair, SelectedLayer, Storage
+from .base import Pair, SelectedLayer, Selection, Storage
 from .buffers import Buffers
 
 # These are given a mask that hides what has not been written yet.  transformers gives flash attention none, and cannot
@@ -193,32 +193,23 @@ class StaticStorage(Storage):
         """Whether a layer is the first of the selected ones, and whether it is the last."""
         return index == self._indices[0], index == self._indices[-1]
 
-    def store(
-        self,
-        index: int,
-        layer: SelectedLayer,
-        kept: torch.Tensor | None,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        refitted: torch.Tensor | None = None,
-    ) -> StaticLayer:
+    def store(self, index: int, layer: SelectedLayer, selection: Selection) -> StaticLayer:
         """As in `Storage`: a new layer in the buffers of this cache."""
-        seen = keys.shape[2]
-        stored = seen if kept is None else kept.shape[2]
+        kept, keys, values, stored = selection.kept, selection.keys, selection.values, selection.stored
         # Slots for the whole budget whatever the prompt's length: one size, one compilation.
         slots = self._new_tokens + (int(self._budget) if isinstance(self._budget, Integral) else stored)
         out = self.buffers.of_layer(index, keys, values, slots)
         if kept is None:
             for part, states in zip(out, (keys, values), strict=True):
-                part[:, :, :seen] = states
-                part[:, :, seen:] = 0
+                part[:, :, :stored] = states
+                part[:, :, stored:] = 0
         else:
             gather(keys, values, kept, out=out, backend=self._backend)
-            if refitted is not None:
-                out[1][:, :, :stored] = refitted
+        if selection.refitted is not None:
+            out[1][:, :, :stored] = selection.refitted
         if index == self._indices[0]:
-            self.buffers.start(stored, seen, keys.device)
-        held = StaticLayer(index, self, out, kept, stored=stored, dropped=seen - stored)
+            self.buffers.start(stored, selection.seen, keys.device)
+        held = StaticLayer(index, self, out, kept, stored=stored, dropped=selection.seen - stored)
         self._layers.append(held)
         return held
 
