@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from transformers import DynamicCache
 
-from mmshiftkv import CACHE_ARGUMENT, METHODS, ShiftKVConfig, make_cache
+from mmshiftkv import CACHE_ARGUMENT, METHODS, ShiftKVConfig, make_cache, registry
 from mmshiftkv.integrations.lmms_eval import MODELS
 from mmshiftkv.methods.config import FAMILY_SETTINGS
 from mmshiftkv.report import format_bytes
@@ -106,6 +106,7 @@ def skip_without_chunked_prefill(model, inputs):
 def test_the_snippets_run(name, section, vision_case, capsys, monkeypatch):
     """Those of a section in order, behind those before the first section; their output is what the document shows."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(registry, "CACHES", dict(registry.CACHES))  # a snippet adds a method
     case = vision_case("qwen2_5_vl")
     inputs = document_prompt(case.processor)
     if section == "Chunked prefill":
@@ -404,20 +405,10 @@ def test_functions_are_as_short_as_they_are_said_to_be():
 
 
 def with_additions(source, diff):
-    """The source with the lines that a diff adds: behind the line of context before them, or else before the one after."""
-    for hunk in diff.split("...\n"):
-        added, before = [], ""
-        for line in [*hunk.splitlines(), ""]:
-            if line.startswith("+"):
-                added.append(line[1:] + "\n")
-                continue
-            context = line[1:] + "\n"
-            if added:
-                anchor = before or context
-                assert source.count(anchor) == 1, anchor
-                source = source.replace(anchor, before + "".join(added) + ("" if before else context))
-                added = []
-            before = context
+    """The source with the lines that a diff adds, each behind the line of context before it."""
+    for context, added in re.findall(r"^ (.*\n)\+(.*\n)", diff, re.M):
+        assert source.count(context) == 1, context
+        source = source.replace(context, context + added)
     return source
 
 
@@ -431,8 +422,8 @@ def test_the_new_method_becomes_part_of_the_library(tmp_path):
     importing = "from mmshiftkv import Method, PrefillSelectionCache"
     assert importing in method
     (package / "methods" / "longest_values.py").write_text(method.replace(importing, "from .base import Method") + "\n")
-    registry = package / "registry.py"
-    registry.write_text(with_additions(registry.read_text(encoding="utf-8"), diff), encoding="utf-8")
+    register = package / "registry.py"
+    register.write_text(with_additions(register.read_text(encoding="utf-8"), diff), encoding="utf-8")
     program = """
 import sys
 
