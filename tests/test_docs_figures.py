@@ -1,0 +1,147 @@
+"""The figures and settings in the documents are those on record."""
+
+import ast
+import re
+from dataclasses import fields
+
+from documents import (
+    README,
+    RESULTS,
+    TEXTS,
+    record,
+    table,
+)
+from mmshiftkv import METHODS, ShiftKVConfig, make_cache
+from mmshiftkv.methods.config import FAMILY_SETTINGS
+from mmshiftkv.report import format_bytes
+
+CACHES = {
+    "full": "full",
+    "ShiftKV": "shiftkv",
+    "ExpectedAttention": "expected_attention",
+    "SnapKV": "snapkv",
+    "KeyDiff": "keydiff",
+    "StreamingLLM": "streaming_llm",
+    "Random": "random",
+}
+
+
+def quality():
+    """The tasks of each recorded (name, budget), as tables write them."""
+    names = {method: name for name, method in CACHES.items()}
+    return {
+        (names[result["method"]], str(result["budget"] or "-")): list(result["tasks"].values())
+        for result in record("compare.json")["results"]
+    }
+
+
+def percent(task, *measures):
+    return " / ".join(f"{100 * task[measure]['mean']:.1f}" for measure in measures)
+
+
+def test_the_quality_figures_are_those_on_record():
+    recorded = quality()
+    assert {task["count"] for tasks in recorded.values() for task in tasks} == {140}
+    rows = table(README, "| cache | budget | one field |")
+    assert {tuple(row[:2]) for row in rows} == {key for key in recorded if key[1] in ("-", "128", "64")}
+    for name, budget, *cells in rows:
+        assert cells == [percent(task, "exact_match") for task in recorded[name, budget]]
+    both, recalls = results_tables()
+    assert {tuple(row[:2]) for row in both} == set(recorded)
+    assert {tuple(row[:2]) for row in recalls} == {key for key in recorded if key[1] != "-"}
+    for name, budget, *cells in both:
+        assert cells == [percent(task, "exact_match", "anls") for task in recorded[name, budget]]
+    for name, budget, *cells in recalls:
+        assert cells == [percent(task, "decode_attention_recall") for task in recorded[name, budget]]
+
+
+def results_tables():
+    text = TEXTS["docs/results.md"]
+    found = re.findall(r"^\| cache \| budget \|.*\n\| ---.*\n((?:\|.*\n)+)", text, re.M)
+    return [[line.strip("| ").split(" | ") for line in rows.splitlines()] for rows in found]
+
+
+def decoding_rows():
+    one, eight = record("decoding.json"), record("decoding_batch_8.json")
+    rows = [*one["rows"], *eight["rows"]]
+    return one, eight, {name: [row for row in rows if row["cache"] == name] for name in (row["cache"] for row in rows)}
+
+
+def decoding_cell(row):
+    cell = f"{row['milliseconds']:.2f} ms, {format_bytes(row['cache_bytes'])}"
+    return f"{cell}, {row['tokens_per_second']:,.0f} tokens/s" if row["batch"] > 1 else cell
+
+
+def test_the_times_per_token_are_those_on_record():
+    one, eight, by_name = decoding_rows()
+    for settings in (one["settings"], eight["settings"]):
+        (batch,) = settings["batches"]
+        lengths = " ".join(map(str, settings["lengths"]))
+        command = f"--lengths {lengths} --batches {batch} --new-tokens {settings['new_tokens']} --repeats 2"
+        assert command in TEXTS["docs/performance.md"]
+        assert settings["repeats"] == 2
+    rows = table("docs/performance.md", "| cache | decoding | 2,048 prompt tokens |")
+    assert {row[0] for row in rows} == set(by_name)
+    for name, decoding, *cells in rows:
+        assert [decoding, *cells] == [by_name[name][0]["decoding"], *map(decoding_cell, by_name[name])]
+    rows = table(README, "| cache | decoding | 2,048 prompt tokens |")
+    assert {row[0] for row in rows} == set(by_name)
+    for name, *cells in rows:
+        found = by_name[name]
+        times = [f"{row['milliseconds']:.2f} ms" for row in found if row["batch"] == 1]
+        held = next(format_bytes(row["cache_bytes"]) for row in found if row["tokens"] == 32768)
+        (together,) = (row["tokens_per_second"] for row in found if (row["batch"], row["tokens"]) == (8, 8192))
+        assert cells == [found[0]["decoding"], *times, held, f"{together:,.0f} tokens/s"]
+
+
+def test_the_costs_are_those_on_record():
+    recorded = record("selection.json")
+    rows = table("docs/performance.md", "| prompt tokens | selection per layer |")
+    assert [row[0] for row in rows] == [f"{tokens:,}" for tokens in recorded["settings"]["lengths"]]
+    longer = []
+    for row, tokens in zip(rows, recorded["settings"]["lengths"], strict=True):
+        (selection,) = (found for found in recorded["selection"] if (found["batch"], found["tokens"]) == (1, tokens))
+        full, shiftkv = (found for found in recorded["prefill"] if found["tokens"] == tokens)
+        longer.append(shiftkv["seconds"] / full["seconds"])
+        assert row[1:] == [
+            f"{selection['selection']:.3f} ms",
+            f"{selection['materialized']:.3f} ms",
+            f"{selection['floor_products']:.3f} ms",
+            f"{selection['extra_memory']:.0f} ({selection['materialized_memory']:.0f}) MiB",
+            f"{1e3 * full['seconds']:.1f} ms",
+            f"{1e3 * shiftkv['seconds']:.1f} ms (x {longer[-1]:.3f})",
+            f"{shiftkv['peak'] / 2**20:.0f} instead of {full['peak'] / 2**20:.0f} MiB",
+        ]
+    flat = " ".join(TEXTS[README].split())
+    assert f"{100 * longer[-1] - 100:.1f} % (32,768 tokens) to {100 * longer[0] - 100:.1f} % (2,048) longer" in flat
+
+
+def test_the_gains_of_presets_are_those_on_record():
+    written = (RESULTS / "variations.md").read_text(encoding="utf-8").splitlines()
+    recorded = [re.split(r" +\| +", line.strip("| ")) for line in written if line.startswith("|")]
+    rows = table("docs/settings.md", "| variation | development, 64 |")
+    assert [row[0] for row in rows[:4]] == ["published", "mass=0.5", "seed=1", "seed=2"]
+    assert all(row in recorded for row in rows)
+    assert f"| {' | '.join(recorded[0])} |" in TEXTS["docs/settings.md"]
+
+
+def test_the_settings_are_all_there():
+    rows = {name.strip("`"): default for name, default, _ in table("docs/settings.md", "| field | default |")}
+    assert list(rows) == [field.name for field in fields(ShiftKVConfig)]
+    for field in fields(ShiftKVConfig):
+        default, _, llava = rows[field.name].partition(" (LLaVA: ")
+        if field.name != "budget":
+            shown = f'"{field.default}"' if isinstance(field.default, str) else field.default
+            assert default == (f"{shown:g}" if isinstance(shown, float) else str(shown))
+        assert llava.rstrip(")") == str(FAMILY_SETTINGS["llava_next"].get(field.name, ""))
+
+
+def test_the_other_methods_take_the_settings_that_they_are_said_to(vision_case):
+    model = vision_case("qwen2_5_vl").model
+    rows = table("docs/settings.md", "| cache | name in `make_cache` |")
+    assert {name.strip('"') for _, name, _ in rows} == set(METHODS)
+    for kind, name, settings in rows:
+        given = {key: ast.literal_eval(value) for key, value in re.findall(r"`(\w+)=([^`]+)`", settings)}
+        cache, plain = (make_cache(name.strip('"'), model, 64, **keywords) for keywords in (given, {}))
+        assert type(cache).__name__ in kind
+        assert getattr(cache, "_method", None) == getattr(plain, "_method", None)  # they are the defaults
