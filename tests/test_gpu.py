@@ -104,8 +104,8 @@ def test_kernels_and_reference_agree_on_the_queries_and_keys_of_documents(dtype)
     for index, example in enumerate(held_out_examples(24, seed=5)):
         inputs = on_gpu(case.inputs((example.question, example.image)))
         cache = ShiftKVCache(model, budget=64, seed=index)
-        policy = type("Compared", (ShiftKV,), {"score": compared})(cache.config)
-        cache._policy = policy
+        method = type("Compared", (ShiftKV,), {"score": compared})(cache.config)
+        cache._method = method
         with torch.no_grad():
             model(**inputs, past_key_values=cache, use_cache=True)
     assert len(overlaps) == 24 * 6

@@ -6,7 +6,7 @@ from .analysis.visual_tokens import TokenGrid, VisualTokenMap, visual_token_map
 from .cache import PrefillSelectionCache
 from .decode.backend import decoding_backend
 from .decode.loop import decode_ahead
-from .methods.base import Policy
+from .methods.base import Method
 from .methods.config import ShiftKVConfig
 from .methods.selection import select_tokens
 from .model.arguments import CACHE_ARGUMENT
@@ -29,7 +29,7 @@ __all__ = [
     "Calibration",
     "ExpectedAttentionCache",
     "KeyDiffCache",
-    "Policy",
+    "Method",
     "PrefillSelectionCache",
     "RandomCache",
     "ShiftKVCache",

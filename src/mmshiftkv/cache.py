@@ -11,14 +11,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from shiftkv_kernels import gather, keep_best
 
 from .checks import BACKENDS, check_budget, check_choice, check_prefill, tokens_to_keep
-from .methods.base import Policy
+from .methods.base import Method
 from .model.decoder import Decoder, text_decoder
-from .model.hooks import Observation, Observer
+from .model.hooks import LayerInput, PrefillHooks
 from .model.padding import PromptPadding
 from .report import CacheReport, report_of
-from .storage.growing import SelectedLayer
+from .storage.growing import GrowingLayer
 from .storage.room import Room, obstacle_to_compiling
-from .storage.static import FixedLayer
+from .storage.static import StaticLayer
 
 # While assisted decoding records, the first forward pass holds the prompt and its first candidates; of them, this many
 # last tokens stay as they are seen until the accepted ones are known.
@@ -26,7 +26,7 @@ _MOST_CANDIDATES = 256
 
 
 class PrefillSelectionCache(DynamicCache):
-    """A cache that keeps, of each full-attention layer's prompt, the tokens that a policy scores highest.
+    """A cache that keeps, of each full-attention layer's prompt, the tokens that a method scores highest.
 
     The prompt itself is attended to in full; only what is stored is less.  Later tokens, those of later chat turns
     included, are all stored.  Positions go on as if nothing had been dropped.  Layers of other kinds (sliding window,
@@ -37,7 +37,7 @@ class PrefillSelectionCache(DynamicCache):
 
     Args:
         model: the model that the cache will be used with.
-        policy: gives the scores.
+        method: gives the scores.
         budget: tokens kept per KV head and layer (int), or the share of the prompt's columns (float), rounded up.
         max_new_tokens: room for so many tokens behind what is kept of the prompt, in storage that stays where it is, so
             that `generate` compiles decoding; None: storage grows, and decoding is eager.
@@ -52,7 +52,7 @@ class PrefillSelectionCache(DynamicCache):
     def __init__(
         self,
         model: PreTrainedModel,
-        policy: Policy,
+        method: Method,
         budget: int | float,
         *,
         max_new_tokens: int | None = None,
@@ -71,7 +71,7 @@ class PrefillSelectionCache(DynamicCache):
             raise ValueError(f"model: {type(model).__name__} is not supported: it has no full-attention layer")
         self._decoder = Decoder(model, selected)
         for index in selected:
-            self.layers[index] = SelectedLayer()
+            self.layers[index] = GrowingLayer()
         self._selected = selected
         self._room: Room | None = None
         if max_new_tokens is not None:
@@ -83,12 +83,12 @@ class PrefillSelectionCache(DynamicCache):
                     f"max_new_tokens={max_new_tokens} reserves nothing, and decoding is not compiled: {obstacle}",
                     stacklevel=3,
                 )
-        self._policy = policy
+        self._method = method
         self._budget = budget
         self._prefill = prefill
         self._prompt_length = prompt_length
         self._backend = backend
-        self._observer = Observer(self._decoder)
+        self._hooks = PrefillHooks(self._decoder)
         self._padding: PromptPadding | None = None
 
     def kept_indices(self, layer: int) -> torch.Tensor | None:
@@ -104,7 +104,7 @@ class PrefillSelectionCache(DynamicCache):
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < len(self.layers):
             raise ValueError(f"layer={layer!r} must be an int from 0 to {len(self.layers) - 1}")
         held = self.layers[layer]
-        return held.kept_indices if isinstance(held, SelectedLayer) else None
+        return held.kept_indices if isinstance(held, GrowingLayer) else None
 
     def report(self) -> CacheReport:
         """Tokens seen and stored, bytes stored and saved, by layer and in all; prints as a table."""
@@ -114,7 +114,7 @@ class PrefillSelectionCache(DynamicCache):
     def is_compileable(self) -> bool:
         """Whether `generate` may compile decoding: `max_new_tokens` was given, and nothing was in the way."""
         first = self.layers[self._selected[0]]
-        return isinstance(first, FixedLayer) or (self._room is not None and not first.record_past)
+        return isinstance(first, StaticLayer) or (self._room is not None and not first.record_past)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """As in transformers.  It is also the first that a cache hears of a forward pass, so a prefill starts here.
@@ -136,20 +136,20 @@ class PrefillSelectionCache(DynamicCache):
                 the cache belongs to another model, or the model was given a ready-made 4-D mask.
         """
         layer = self.layers[layer_idx]
-        if not isinstance(layer, SelectedLayer) or not layer.in_prompt:
+        if not isinstance(layer, GrowingLayer) or not layer.in_prompt:
             if self._room is not None and not torch.compiler.is_compiling():
                 self._room.arrive(layer_idx, key_states.shape[-2])
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        observation = self._observer.take(layer_idx)
-        if observation is None:
-            self._observer.disarm()
+        inputs = self._hooks.take(layer_idx)
+        if inputs is None:
+            self._hooks.detach()
             raise ValueError(
                 f"model: layer {layer_idx} was not seen while it got its prompt.  Either the cache was built for "
                 "another model than the one that is run (build it for this one), or the model was given a 4-D "
                 "attention_mask (give it the 2-D one)"
             )
         with torch.no_grad():
-            return self._store_prompt(layer_idx, layer, observation, key_states.detach(), value_states.detach())
+            return self._store_prompt(layer_idx, layer, inputs, key_states.detach(), value_states.detach())
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens; `tokens_to_remove` is their number, negative.
@@ -164,7 +164,7 @@ class PrefillSelectionCache(DynamicCache):
         if pending:
             self._take_back(-tokens_to_remove)
         first = self.layers[self._selected[0]]
-        if isinstance(first, FixedLayer) and tokens_to_remove and first.stored == -tokens_to_remove:
+        if isinstance(first, StaticLayer) and tokens_to_remove and first.stored == -tokens_to_remove:
             self.reset()
             return
         super().crop(tokens_to_remove)
@@ -172,13 +172,13 @@ class PrefillSelectionCache(DynamicCache):
 
     def reset(self) -> None:
         """Empties the cache for another prompt."""
-        self._observer.disarm()
+        self._hooks.detach()
         self._padding = None
         if self._room is not None:
             self._room.move_out()
         for index, fresh in enumerate(self._decoder.fresh_layers()):
             # transformers before 5.18 fills sliding layers with zeros, which the next prompt would attend to.
-            self.layers[index] = SelectedLayer() if index in self._selected else fresh
+            self.layers[index] = GrowingLayer() if index in self._selected else fresh
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Takes the batch rows `beam_idx`, in that order."""
@@ -204,7 +204,7 @@ class PrefillSelectionCache(DynamicCache):
                 raise ValueError("the cache holds part of a prompt whose prefill was interrupted; call reset()")
             if self._room is not None and not torch.compiler.is_compiling():
                 self._room.announce(query_length)
-            if not isinstance(first, FixedLayer) and first.dropped and first.cumulative_length == query_length > 1:
+            if not isinstance(first, StaticLayer) and first.dropped and first.cumulative_length == query_length > 1:
                 # Chunks cannot be told from turns for certain, but turns are rarely as long as the prompt to the token.
                 warnings.warn(
                     f"a second pass of {query_length} tokens right after a prompt of as many: if they are chunks of "
@@ -221,7 +221,7 @@ class PrefillSelectionCache(DynamicCache):
             raise ValueError("input_ids: the prompt is empty; at least one token is needed")
         self._check_chunk(first.cumulative_length + query_length)
         self._padding = None
-        self._observer.arm(self)
+        self._hooks.attach(self)
 
     def _check_chunk(self, tokens: int) -> None:
         if self._prompt_length is not None and tokens > self._prompt_length:
@@ -234,18 +234,18 @@ class PrefillSelectionCache(DynamicCache):
             )
 
     def _store_prompt(
-        self, index: int, layer: SelectedLayer, observation: Observation, keys: torch.Tensor, values: torch.Tensor
+        self, index: int, layer: GrowingLayer, inputs: LayerInput, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         seen = layer.cumulative_length + keys.shape[-2]
         if self._padding is None:
-            self._padding = PromptPadding(observation.mask, keys.shape[0], seen, keys.device)
+            self._padding = PromptPadding(inputs.mask, keys.shape[0], seen, keys.device)
         if self._prefill == "chunked" or layer.record_past:
             valid = self._padding.unchecked(keys.device)
             recent = None if valid is None else valid[:, -keys.shape[-2] :]
-            return self._collect(index, layer, replace(observation, valid=recent), keys, values)
-        observation = replace(observation, valid=self._padding.valid(keys.device))
+            return self._collect(index, layer, replace(inputs, valid=recent), keys, values)
+        inputs = replace(inputs, valid=self._padding.valid(keys.device))
         if tokens_to_keep(self._budget, seen) < seen:
-            self._select(index, layer, self._observe(index, observation, None), keys, values)
+            self._select(index, layer, self._observe(index, inputs, None), keys, values)
         elif self._room is not None:
             self.layers[index] = self._room.move_in(index, None, keys, values)
         else:
@@ -254,7 +254,7 @@ class PrefillSelectionCache(DynamicCache):
         return keys, values
 
     def _collect(
-        self, index: int, layer: SelectedLayer, observation: Observation, keys: torch.Tensor, values: torch.Tensor
+        self, index: int, layer: GrowingLayer, inputs: LayerInput, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores a piece of a prompt that may have more to come, or whose last tokens may be taken back."""
         if layer.tail is not None:
@@ -262,15 +262,15 @@ class PrefillSelectionCache(DynamicCache):
         tokens = keys.shape[-2]
         sure = max(tokens - _MOST_CANDIDATES, 0) if layer.record_past else tokens
         if sure:
-            layer.summary = self._observe(index, observation.tokens(0, sure), layer.summary)
-        layer.tail = observation.tokens(sure, tokens).copied() if sure < tokens else None
+            layer.summary = self._observe(index, inputs.tokens(0, sure), layer.summary)
+        layer.tail = inputs.tokens(sure, tokens).copied() if sure < tokens else None
         stored = layer.collect(keys, values)
         if layer.cumulative_length == self._prompt_length and not layer.record_past:
             self._end_prompt(index, layer)
         return stored
 
-    def _observe(self, index: int, observation: Observation, earlier: Any) -> Any:
-        return self._policy.observe(self._decoder.attention[index], observation, earlier)
+    def _observe(self, index: int, inputs: LayerInput, earlier: Any) -> Any:
+        return self._method.observe(self._decoder.attention[index], inputs, earlier)
 
     def _take_back(self, tokens: int) -> None:
         """Forgets the last tokens of a prompt that is being collected."""
@@ -294,7 +294,7 @@ class PrefillSelectionCache(DynamicCache):
                 self._end_prompt(index, self.layers[index])
 
     @torch.no_grad()
-    def _end_prompt(self, index: int, layer: SelectedLayer) -> None:
+    def _end_prompt(self, index: int, layer: GrowingLayer) -> None:
         assert self._padding is not None
         self._padding.valid(layer.device)
         if tokens_to_keep(self._budget, layer.cumulative_length) == layer.cumulative_length:
@@ -303,12 +303,12 @@ class PrefillSelectionCache(DynamicCache):
         summary = layer.summary if layer.tail is None else self._observe(index, layer.tail, layer.summary)
         self._select(index, layer, summary, *layer.states)
 
-    def _select(self, index: int, layer: SelectedLayer, summary: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _select(self, index: int, layer: GrowingLayer, summary: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
         assert self._padding is not None
         seen = keys.shape[-2]
         count = tokens_to_keep(self._budget, seen)
         valid = self._padding.valid(keys.device)
-        scores = self._policy.score(self._decoder.attention[index], summary, keys, values, valid)
+        scores = self._method.score(self._decoder.attention[index], summary, keys, values, valid)
         kept = keep_best(scores, count, valid, backend=self._backend)
         if self._room is not None and not layer.record_past:
             self.layers[index] = self._room.move_in(index, kept, keys, values)

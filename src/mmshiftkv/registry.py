@@ -69,9 +69,9 @@ class ShiftKVCache(PrefillSelectionCache):
 
 
 class _BaselineCache(PrefillSelectionCache):
-    """What the caches of the baselines have in common: a policy whose settings are keywords."""
+    """What the caches of the baselines have in common: a method whose settings are keywords."""
 
-    _policy_type: Any
+    _method_type: Any
 
     def __init__(
         self,
@@ -84,25 +84,25 @@ class _BaselineCache(PrefillSelectionCache):
         backend: str = "auto",
         **settings: Any,
     ) -> None:
-        allowed = [field.name for field in fields(self._policy_type)]
+        allowed = [field.name for field in fields(self._method_type)]
         unknown = sorted(set(settings) - set(allowed))
         if unknown:
             raise TypeError(
-                f"unknown setting {', '.join(unknown)}; {self._policy_type.__name__} has {', '.join(allowed) or 'none'}"
+                f"unknown setting {', '.join(unknown)}; {self._method_type.__name__} has {', '.join(allowed) or 'none'}"
             )
-        policy = self._policy_type(**settings)
+        method = self._method_type(**settings)
         super().__init__(
             model,
-            policy,
+            method,
             budget,
             max_new_tokens=max_new_tokens,
             prefill=prefill,
             prompt_length=prompt_length,
             backend=backend,
         )
-        if isinstance(budget, Integral) and int(budget) < policy.protected:
+        if isinstance(budget, Integral) and int(budget) < method.protected:
             raise ValueError(
-                f"budget={budget} must be at least {policy.protected}: {policy} always keeps so many tokens"
+                f"budget={budget} must be at least {method.protected}: {method} always keeps so many tokens"
             )
 
 
@@ -112,7 +112,7 @@ class StreamingLLMCache(_BaselineCache):
     Settings are the fields of `baselines.StreamingLLM`, everything else is as in `PrefillSelectionCache`.
     """
 
-    _policy_type = StreamingLLM
+    _method_type = StreamingLLM
 
 
 class SnapKVCache(_BaselineCache):
@@ -121,7 +121,7 @@ class SnapKVCache(_BaselineCache):
     Settings are the fields of `baselines.SnapKV`, everything else is as in `PrefillSelectionCache`.
     """
 
-    _policy_type = SnapKV
+    _method_type = SnapKV
 
 
 class KeyDiffCache(_BaselineCache):
@@ -130,7 +130,7 @@ class KeyDiffCache(_BaselineCache):
     Everything else is as in `PrefillSelectionCache`.
     """
 
-    _policy_type = KeyDiff
+    _method_type = KeyDiff
 
 
 class ExpectedAttentionCache(_BaselineCache):
@@ -139,7 +139,7 @@ class ExpectedAttentionCache(_BaselineCache):
     Settings are the fields of `baselines.ExpectedAttention`, everything else is as in `PrefillSelectionCache`.
     """
 
-    _policy_type = ExpectedAttention
+    _method_type = ExpectedAttention
 
 
 class RandomCache(_BaselineCache):
@@ -148,7 +148,7 @@ class RandomCache(_BaselineCache):
     Everything else is as in `PrefillSelectionCache`.
     """
 
-    _policy_type = Random
+    _method_type = Random
 
 
 BASELINES: dict[str, type[_BaselineCache]] = {

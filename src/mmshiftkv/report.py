@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .storage.growing import SelectedLayer
+from .storage.growing import GrowingLayer
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def report_of(layers: Sequence[Any]) -> CacheReport:
 
 
 def _layer_report(index: int, layer: Any) -> LayerReport:
-    if isinstance(layer, SelectedLayer):
+    if isinstance(layer, GrowingLayer):
         full = layer.bytes_per_token * layer.seen
         return LayerReport(index, True, layer.seen, layer.stored, layer.allocated_bytes, full)
     held = sum(part.nbytes for part in _tensors(vars(layer).values()))

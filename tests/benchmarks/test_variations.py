@@ -22,15 +22,15 @@ def written(tmp_path_factory):
     return files
 
 
-def scores_of(policy, tokens=40):
-    """The scores that a policy gives in each layer of a small model."""
+def scores_of(method, tokens=40):
+    """The scores that a method gives in each layer of a small model."""
     seen = []
 
     class Watched:
-        observe = policy.observe
+        observe = method.observe
 
         def score(self, *args):
-            seen.append(policy.score(*args))
+            seen.append(method.score(*args))
             return seen[-1]
 
     model = models.text_model()

@@ -1,4 +1,4 @@
-"""The protocol between a cache and a policy, with the policy that CONTRIBUTING.md shows."""
+"""The protocol between a cache and a method, with the method that CONTRIBUTING.md shows."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import models
-from mmshiftkv import Policy, PrefillSelectionCache
+from mmshiftkv import Method, PrefillSelectionCache
 
 CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
@@ -37,40 +37,40 @@ def prefill(model, cache, ids, chunk=None, **inputs):
 
 def test_a_prompt_is_shown_once_and_scored_once_per_layer():
     model = models.text_model()
-    policy = Recorder([], [])
-    cache = PrefillSelectionCache(model, policy, budget=5)
+    method = Recorder([], [])
+    cache = PrefillSelectionCache(model, method, budget=5)
     inputs = models.left_padded([40, 30])
     prefill(model, cache, inputs["input_ids"], attention_mask=inputs["attention_mask"])
-    assert policy.observed == [(40, None)] * 3
-    assert [entry[:4] for entry in policy.scored] == [(i, 40, (2, 2, 40, 16), (2, 2, 40, 16)) for i in range(3)]
-    assert all(entry[4].equal(inputs["attention_mask"].bool()) for entry in policy.scored)
+    assert method.observed == [(40, None)] * 3
+    assert [entry[:4] for entry in method.scored] == [(i, 40, (2, 2, 40, 16), (2, 2, 40, 16)) for i in range(3)]
+    assert all(entry[4].equal(inputs["attention_mask"].bool()) for entry in method.scored)
     assert cache.kept_indices(0)[0, 0].tolist() == [35, 36, 37, 38, 39]
 
 
 def test_a_prompt_in_chunks_is_shown_piece_by_piece():
     model = models.text_model()
-    policy = Recorder([], [])
-    cache = PrefillSelectionCache(model, policy, budget=5, prefill="chunked", prompt_length=40)
+    method = Recorder([], [])
+    cache = PrefillSelectionCache(model, method, budget=5, prefill="chunked", prompt_length=40)
     prefill(model, cache, models.prompt_ids(), chunk=16)
-    assert policy.observed == [(16, None)] * 3 + [(16, 16)] * 3 + [(8, 32)] * 3
-    assert [entry[:2] for entry in policy.scored] == [(0, 40), (1, 40), (2, 40)]
-    assert all(entry[4] is None for entry in policy.scored)
+    assert method.observed == [(16, None)] * 3 + [(16, 16)] * 3 + [(8, 32)] * 3
+    assert [entry[:2] for entry in method.scored] == [(0, 40), (1, 40), (2, 40)]
+    assert all(entry[4] is None for entry in method.scored)
 
 
 def test_a_prompt_that_fits_is_not_scored():
     model = models.text_model()
-    policy = Recorder([], [])
-    prefill(model, PrefillSelectionCache(model, policy, budget=40), models.prompt_ids())
-    assert policy.scored == []
+    method = Recorder([], [])
+    prefill(model, PrefillSelectionCache(model, method, budget=40), models.prompt_ids())
+    assert method.scored == []
 
 
-def test_the_policy_of_the_contributor_notes():
+def test_the_method_of_the_contributor_notes():
     (snippet,) = re.findall(r"```python\n(.*?)```", CONTRIBUTING.read_text(encoding="utf-8"), re.S)
     model = models.text_model()
     names = {"model": model, "dataclass": dataclass, "PrefillSelectionCache": PrefillSelectionCache}
     exec(compile(snippet, "CONTRIBUTING.md", "exec"), names)
-    policy: Policy = names["LongestValues"]()
-    cache = PrefillSelectionCache(model, policy, budget=4)
+    method: Method = names["LongestValues"]()
+    cache = PrefillSelectionCache(model, method, budget=4)
     prefill(model, cache, models.prompt_ids())
     values = []
     update = names["cache"].update

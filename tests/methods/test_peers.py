@@ -1,4 +1,4 @@
-"""The baselines as policies and caches.  That they keep what kvpress keeps is in test_kvpress.py."""
+"""The baselines as methods and caches.  That they keep what kvpress keeps is in test_kvpress.py."""
 
 import copy
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from mmshiftkv.methods.random_tokens import Random
 from mmshiftkv.methods.snapkv import SnapKV
 from mmshiftkv.methods.streaming_llm import StreamingLLM
 from mmshiftkv.model.decoder import Decoder
-from mmshiftkv.model.hooks import Observation
+from mmshiftkv.model.hooks import LayerInput
 from mmshiftkv.registry import BASELINES
 from test_exactness import assert_same, generate
 
@@ -27,16 +27,16 @@ LENGTHS = [40, 23, 13, 4]
 
 @dataclass(frozen=True)
 class Watched:
-    """A policy, and what it was asked and answered."""
+    """A method, and what it was asked and answered."""
 
-    policy: object
+    method: object
     calls: list
 
     def observe(self, layer, observation, earlier):
-        return self.policy.observe(layer, observation, earlier)
+        return self.method.observe(layer, observation, earlier)
 
     def score(self, layer, summary, keys, values, valid):
-        self.calls.append((layer, summary, keys, values, valid, self.policy.score(layer, summary, keys, values, valid)))
+        self.calls.append((layer, summary, keys, values, valid, self.method.score(layer, summary, keys, values, valid)))
         return self.calls[-1][-1]
 
 
@@ -46,10 +46,10 @@ def prefill(model, inputs, cache):
     return cache
 
 
-def watched(model, inputs, policy, budget=BUDGET):
-    """What a policy was given and gave, (layer, summary, keys, values, valid, scores) for each layer."""
+def watched(model, inputs, method, budget=BUDGET):
+    """What a method was given and gave, (layer, summary, keys, values, valid, scores) for each layer."""
     calls = []
-    prefill(model, inputs, PrefillSelectionCache(model, Watched(policy, calls), budget))
+    prefill(model, inputs, PrefillSelectionCache(model, Watched(method, calls), budget))
     return calls
 
 
@@ -57,13 +57,13 @@ def baseline(method, model, **settings):
     return make_cache(method, model, BUDGET, **{**SETTINGS.get(method, {}), **settings})
 
 
-@pytest.mark.parametrize("policy", [StreamingLLM(), SnapKV(5), KeyDiff(), ExpectedAttention(), Random()])
+@pytest.mark.parametrize("method", [StreamingLLM(), SnapKV(5), KeyDiff(), ExpectedAttention(), Random()])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_are_finite_and_not_negative(policy, kv_heads, dtype):
+def test_scores_are_finite_and_not_negative(method, kv_heads, dtype):
     model = models.text_model(num_key_value_heads=kv_heads).to(dtype)
     for inputs in (models.left_padded([40]), models.left_padded(LENGTHS)):
-        for *_, keys, _, _, scores in watched(model, inputs, policy):
+        for *_, keys, _, _, scores in watched(model, inputs, method):
             assert scores.dtype == torch.float32
             assert scores.shape == keys.shape[:3]
             assert scores.isfinite().all()
@@ -182,9 +182,9 @@ def test_snapkv_remembers_only_its_window():
     layer = Decoder(model, [0]).attention[0]
     states = torch.randn(2, 50, 64)
     cos = sin = torch.randn(1, 50, 16)
-    policy, summary = SnapKV(window=6), None
+    method, summary = SnapKV(window=6), None
     for start, stop in ((0, 4), (4, 5), (5, 30), (30, 47), (47, 50)):
-        summary = policy.observe(layer, Observation(states, cos, sin, None).tokens(start, stop), summary)
+        summary = method.observe(layer, LayerInput(states, cos, sin, None).tokens(start, stop), summary)
         expected = states[:, max(stop - 6, 0) : stop]
         assert summary.hidden_states.equal(expected)
         assert summary.cos.shape[1] == expected.shape[1]
@@ -206,7 +206,7 @@ def test_keydiff_prefers_the_key_that_is_unlike_the_others():
 def test_expected_attention_is_that_of_the_formula(vision_case, family, sinks, epsilon):
     case = vision_case(family)
     inputs = case.prompts(2)
-    policy = ExpectedAttention(future_positions=20, sinks=sinks, epsilon=epsilon)
+    method = ExpectedAttention(future_positions=20, sinks=sinks, epsilon=epsilon)
     observed = []
 
     @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def test_expected_attention_is_that_of_the_formula(vision_case, family, sinks, e
             return super().observe(layer, observation, earlier)
 
     calls = watched(case.model, inputs, Observing(20, sinks, epsilon), budget=30)
-    assert policy.protected == sinks + 1
+    assert method.protected == sinks + 1
     for (layer, _, keys, values, valid, scores), observation in zip(calls, observed, strict=True):
         dims, heads_each = keys.shape[-1], layer.module.num_key_value_groups
         basis = torch.eye(dims).expand(2, 1, dims, dims)

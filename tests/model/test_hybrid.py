@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 import models
 from mmshiftkv import ShiftKVCache
-from mmshiftkv.storage.growing import SelectedLayer
+from mmshiftkv.storage.growing import GrowingLayer
 
 HYBRIDS = {
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 16},
@@ -50,7 +50,7 @@ def test_only_full_attention_is_compressed(model):
     types = model.config.get_text_config().layer_types
     for index, (layer, other, kind) in enumerate(zip(cache.layers, plain.layers, types, strict=True)):
         if kind == "full_attention":
-            assert isinstance(layer, SelectedLayer)
+            assert isinstance(layer, GrowingLayer)
             assert layer.stored == 5 + 7
             assert cache.kept_indices(index).shape == (1, 2, 5)
         else:

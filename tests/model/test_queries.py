@@ -84,7 +84,7 @@ def recorded_queries(model, **inputs):
 def observed(model, ids):
     """The decoder, and what each of its layers is given: (hidden_states, cos, sin)."""
     layers = [
-        i for i, layer in enumerate(ShiftKVCache(model, budget=1).layers) if type(layer).__name__ == "SelectedLayer"
+        i for i, layer in enumerate(ShiftKVCache(model, budget=1).layers) if type(layer).__name__ == "GrowingLayer"
     ]
     decoder, inputs, handles = Decoder(model, layers), {}, []
     for index, layer in decoder.attention.items():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import models
 from mmshiftkv import ShiftKVCache
-from mmshiftkv.storage.growing import SelectedLayer
+from mmshiftkv.storage.growing import GrowingLayer
 
 
 def states(rows=2, tokens=3, seed=0):
@@ -34,7 +34,7 @@ def model():
 @given(pieces=st.lists(st.integers(1, 90), min_size=1, max_size=8))
 def test_what_is_appended_in_pieces_is_stored_in_order(pieces):
     keys, values = states(tokens=sum(pieces))
-    layer = SelectedLayer()
+    layer = GrowingLayer()
     for part_keys, part_values in zip(keys.split(pieces, dim=2), values.split(pieces, dim=2), strict=True):
         found = layer.update(part_keys, part_values)
     assert found[0].equal(keys)
@@ -44,7 +44,7 @@ def test_what_is_appended_in_pieces_is_stored_in_order(pieces):
 
 
 def test_storage_grows_in_steps_and_not_with_every_token():
-    layer = SelectedLayer()
+    layer = GrowingLayer()
     layer.update(*states(tokens=8))
     assert layer.allocated_bytes == layer.bytes_per_token * 8
     addresses = set()

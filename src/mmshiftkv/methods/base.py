@@ -1,21 +1,21 @@
-"""The protocol of a policy: from what a layer saw of a prompt to a score for each of its tokens."""
+"""The protocol of a method: from what a layer saw of a prompt to a score for each of its tokens."""
 
 from typing import Any, Protocol
 
 import torch
 
-from ..model.hooks import Observation
+from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
 
 
-class Policy(Protocol):
-    """What a selecting cache asks of a policy.
+class Method(Protocol):
+    """What a selecting cache asks of a method.
 
     A prompt is shown to `observe` in one piece or, when it is prefilled in chunks, in several; `score` then gets what
-    the last call returned.  A policy keeps nothing of a prompt in itself, so that one serves all layers and prompts.
+    the last call returned.  A method keeps nothing of a prompt in itself, so that one serves all layers and prompts.
     """
 
-    def observe(self, layer: AttentionLayer, observation: Observation, earlier: Any) -> Any:
+    def observe(self, layer: AttentionLayer, inputs: LayerInput, earlier: Any) -> Any:
         """What `score` will need of these tokens and of the earlier ones (`earlier` is None at first)."""
 
     def score(

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from fractions import Fraction
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -34,8 +33,6 @@ class ShiftKVConfig:
         future_stride: distance in positions between the proxies of a group; None: `num_groups`.
         last_token_layers: so many first layers use the last token's hidden state at the next 16 positions as proxies,
             instead of samples.
-        last_query_share: share of the tokens kept, rounded down, that is set aside for those with the most attention of
-            the last prompt token's query; the others are kept by their score.  In [0, 1); 0 is the published method.
         seed: seed of the samples, from 0 to 2**32 - 1; torch's global random state is neither read nor changed.
         max_new_tokens: room for so many tokens behind what is kept of the prompt, in storage that stays where it is, so
             that `generate` compiles decoding; None: storage grows, and decoding is eager.
@@ -57,7 +54,6 @@ class ShiftKVConfig:
     stats_window: int | None = None
     future_stride: int | None = None
     last_token_layers: int = 0
-    last_query_share: float = 0.0
     seed: int = 0
     max_new_tokens: int | None = None
     prefill: str = "single"
@@ -74,7 +70,6 @@ class ShiftKVConfig:
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), minimum=1)
         check_integer("last_token_layers", self.last_token_layers, minimum=0)
-        check_real("last_query_share", self.last_query_share, lambda share: 0 <= share < 1, "a number in [0, 1)")
         check_integer("seed", self.seed, minimum=0, maximum=2**32 - 1)
         if self.num_proxies % self.num_groups:
             raise ValueError(f"num_proxies={self.num_proxies} must be a multiple of num_groups={self.num_groups}")
@@ -124,14 +119,6 @@ class ShiftKVConfig:
     def replace(self, **settings: Any) -> "ShiftKVConfig":
         """A copy with some fields changed, validated again."""
         return replace(self, **settings)
-
-
-def tokens_set_aside(share: float, count: int) -> int:
-    """How many of `count` kept tokens `last_query_share` sets aside: rounded down, so at least one place is left.
-
-    As in `tokens_to_keep` the share is the decimal number that was written: 0.29 of 100 is 29, not 28.
-    """
-    return math.floor(Fraction(repr(float(share))) * count)
 
 
 def checked_gamma(gamma: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Expected Attention as a policy."""
+"""Expected Attention as a method."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..checks import check_integer, check_real
-from ..model.hooks import Observation
+from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
 from .columns import first_tokens
 
@@ -68,22 +68,18 @@ class ExpectedAttention:
         """How many tokens are always kept: the sinks and the last."""
         return self.sinks + 1
 
-    def observe(
-        self, layer: AttentionLayer, observation: Observation, earlier: QueryStatistics | None
-    ) -> QueryStatistics:
+    def observe(self, layer: AttentionLayer, inputs: LayerInput, earlier: QueryStatistics | None) -> QueryStatistics:
         """Statistics of the queries so far."""
-        tokens = observation.hidden_states.shape[1]
+        tokens = inputs.hidden_states.shape[1]
         summary = earlier
         for start in range(0, tokens, _TOKENS_AT_ONCE):
-            summary = self._added(layer, observation.tokens(start, start + _TOKENS_AT_ONCE), summary)
+            summary = self._added(layer, inputs.tokens(start, start + _TOKENS_AT_ONCE), summary)
         assert summary is not None
         return summary
 
-    def _added(
-        self, layer: AttentionLayer, observation: Observation, earlier: QueryStatistics | None
-    ) -> QueryStatistics:
-        queries = layer.project_queries(observation.hidden_states).float()
-        valid = observation.valid
+    def _added(self, layer: AttentionLayer, inputs: LayerInput, earlier: QueryStatistics | None) -> QueryStatistics:
+        queries = layer.project_queries(inputs.hidden_states).float()
+        valid = inputs.valid
         if valid is None:
             valid = torch.ones(queries.shape[0], queries.shape[2], dtype=torch.bool, device=queries.device)
         before = 0 if earlier is None else earlier.seen
@@ -100,9 +96,7 @@ class ExpectedAttention:
             scatter = earlier.scatter + scatter + step.transpose(-1, -2) @ step * (earlier.count * share)
             mean, count = earlier.mean + step * share, total
         seen = before + valid.sum(dim=1, keepdim=True)
-        return QueryStatistics(
-            seen, count, mean, scatter, observation.cos[:, -1:].clone(), observation.sin[:, -1:].clone()
-        )
+        return QueryStatistics(seen, count, mean, scatter, inputs.cos[:, -1:].clone(), inputs.sin[:, -1:].clone())
 
     def score(
         self,

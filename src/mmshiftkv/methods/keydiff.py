@@ -1,11 +1,11 @@
-"""KeyDiff as a policy."""
+"""KeyDiff as a method."""
 
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
-from ..model.hooks import Observation
+from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
 
 
@@ -22,7 +22,7 @@ class KeyDiff:
         """How many tokens are always kept: the last."""
         return 1
 
-    def observe(self, layer: AttentionLayer, observation: Observation, earlier: None) -> None:
+    def observe(self, layer: AttentionLayer, inputs: LayerInput, earlier: None) -> None:
         """Nothing: the keys say it all."""
 
     def score(

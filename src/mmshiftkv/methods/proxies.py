@@ -2,14 +2,14 @@
 
 import torch
 
-from ..model.hooks import Observation
+from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
 
 
 def future_queries(
     layer: AttentionLayer,
     hidden_states: torch.Tensor,
-    last: Observation,
+    last: LayerInput,
     *,
     num_groups: int,
     stride: int,

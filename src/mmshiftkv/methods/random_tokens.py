@@ -1,11 +1,11 @@
-"""Random tokens as a policy."""
+"""Random tokens as a method."""
 
 from dataclasses import dataclass
 
 import torch
 
 from ..checks import check_integer
-from ..model.hooks import Observation
+from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
 
 _BLOCK = 4096
@@ -35,7 +35,7 @@ class Random:
         """How many tokens are always kept: the last."""
         return 1
 
-    def observe(self, layer: AttentionLayer, observation: Observation, earlier: None) -> None:
+    def observe(self, layer: AttentionLayer, inputs: LayerInput, earlier: None) -> None:
         """Nothing."""
 
     def score(

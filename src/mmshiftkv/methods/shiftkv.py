@@ -6,10 +6,9 @@ import torch
 
 from shiftkv_kernels import draw_samples, group_mass, token_statistics, vote
 
-from ..checks import tokens_to_keep
-from ..model.hooks import Observation
+from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
-from .config import ShiftKVConfig, tokens_set_aside
+from .config import ShiftKVConfig
 from .proxies import future_queries
 
 LAST_TOKEN_PROXIES = 16
@@ -21,7 +20,7 @@ class PromptSummary:
 
     token_means: torch.Tensor
     token_squares: torch.Tensor
-    last: Observation
+    last: LayerInput
 
 
 @dataclass(frozen=True)
@@ -29,19 +28,19 @@ class ShiftKV:
     """MM-ShiftKV (Findings of ACL 2026): votes by the attention of variance-expanded query proxies.
 
     Attributes:
-        config: the settings; what concerns storage is not looked at, and `budget` only with `last_query_share`.
+        config: the settings; what concerns budget and storage is not looked at.
     """
 
     config: ShiftKVConfig
 
-    def observe(self, layer: AttentionLayer, observation: Observation, earlier: PromptSummary | None) -> PromptSummary:
+    def observe(self, layer: AttentionLayer, inputs: LayerInput, earlier: PromptSummary | None) -> PromptSummary:
         """Token statistics of all tokens so far, and a copy of the last token's state."""
-        means, squares = token_statistics(observation.hidden_states, backend=self.config.backend)
+        means, squares = token_statistics(inputs.hidden_states, backend=self.config.backend)
         if earlier is not None:
             means = torch.cat([earlier.token_means, means], dim=1)
             squares = torch.cat([earlier.token_squares, squares], dim=1)
-        tokens = observation.hidden_states.shape[1]
-        last = observation.tokens(tokens - 1, tokens)
+        tokens = inputs.hidden_states.shape[1]
+        last = inputs.tokens(tokens - 1, tokens)
         # Only the hidden states are this layer's own: a view would keep all of them alive.
         return PromptSummary(means, squares, replace(last, hidden_states=last.hidden_states.clone()))
 
@@ -53,14 +52,9 @@ class ShiftKV:
         values: torch.Tensor,
         valid: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Votes plus the last query's attention mass (method, step 6); more where `last_query_share` keeps a token."""
-        config = self.config
+        """Votes plus the last query's attention mass (method, step 6)."""
         mass, last_mass = self.attention_mass(layer, summary, keys, valid)
-        scores = vote(mass, config.mass, backend=config.backend) + last_mass
-        if not config.last_query_share:
-            return scores
-        count = tokens_set_aside(config.last_query_share, tokens_to_keep(config.budget, keys.shape[2]))
-        return raise_highest(scores, last_mass, count, config.num_groups + 1, valid)
+        return vote(mass, self.config.mass, backend=self.config.backend) + last_mass
 
     def attention_mass(
         self, layer: AttentionLayer, summary: PromptSummary, keys: torch.Tensor, valid: torch.Tensor | None
@@ -110,28 +104,3 @@ class ShiftKV:
             window=config.stats_window,
             backend=config.backend,
         )
-
-
-def raise_highest(
-    scores: torch.Tensor, mass: torch.Tensor, count: int, bonus: float, valid: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Adds a bonus to the scores of the tokens with the most mass, so that they are kept by their score like others.
-
-    The last token, which is kept anyway, never gets one, nor does padding: a row with fewer other tokens than `count`
-    gives a bonus to each of them.  Of tokens with equal mass the earlier one comes first.
-
-    Args:
-        scores: (B, H_kv, T) float32.
-        mass: (B, H_kv, T), not negative.
-        count: tokens to raise in each row, less than T.
-        bonus: more than a score can be apart from the mass in it.
-        valid: (B, T) bool, False for padding; None when there is none.
-
-    Returns:
-        The new scores, (B, H_kv, T).
-    """
-    if valid is not None:
-        mass = mass.masked_fill(~valid[:, None, :], -1)
-    highest = mass[..., :-1].sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    raised = torch.zeros_like(scores).scatter(-1, highest, bonus)
-    return scores + (raised if valid is None else raised * valid[:, None, :])

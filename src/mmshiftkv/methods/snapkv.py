@@ -1,4 +1,4 @@
-"""SnapKV as a policy."""
+"""SnapKV as a method."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ..checks import check_integer
-from ..model.hooks import Observation
+from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
 from .columns import columns_of
 
@@ -23,7 +23,7 @@ class SnapKV:
     Pooling takes averages, as in kvpress and by default in the authors' code, which can also take maxima.
 
     Attributes:
-        window: observation window, in tokens (the authors' code: 32; kvpress: 64).
+        window: inputs window, in tokens (the authors' code: 32; kvpress: 64).
         kernel_size: tokens that are pooled over, an odd number (the authors' code and kvpress: 5).
 
     Raises:
@@ -44,20 +44,20 @@ class SnapKV:
         """How many tokens are always kept: the window."""
         return self.window
 
-    def observe(self, layer: AttentionLayer, observation: Observation, earlier: Observation | None) -> Observation:
+    def observe(self, layer: AttentionLayer, inputs: LayerInput, earlier: LayerInput | None) -> LayerInput:
         """The last `window` tokens so far, in storage of their own."""
-        tokens = observation.hidden_states.shape[1]
-        recent = observation.tokens(max(tokens - self.window, 0), tokens)
+        tokens = inputs.hidden_states.shape[1]
+        recent = inputs.tokens(max(tokens - self.window, 0), tokens)
         if earlier is None or tokens >= self.window:
             return recent.copied()
         both = [(getattr(earlier, name), getattr(recent, name)) for name in ("hidden_states", "cos", "sin")]
         hidden_states, cos, sin = (torch.cat(parts, dim=1)[:, -self.window :].clone() for parts in both)
-        return Observation(hidden_states, cos, sin, None)
+        return LayerInput(hidden_states, cos, sin, None)
 
     def score(
         self,
         layer: AttentionLayer,
-        summary: Observation,
+        summary: LayerInput,
         keys: torch.Tensor,
         values: torch.Tensor,
         valid: torch.Tensor | None,

@@ -1,11 +1,11 @@
-"""StreamingLLM as a policy."""
+"""StreamingLLM as a method."""
 
 from dataclasses import dataclass
 
 import torch
 
 from ..checks import check_integer
-from ..model.hooks import Observation
+from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
 from .columns import columns_of, first_tokens
 
@@ -30,7 +30,7 @@ class StreamingLLM:
         """How many tokens are always kept: the sinks and the last."""
         return self.sinks + 1
 
-    def observe(self, layer: AttentionLayer, observation: Observation, earlier: None) -> None:
+    def observe(self, layer: AttentionLayer, inputs: LayerInput, earlier: None) -> None:
         """Nothing: only the place of a token counts."""
 
     def score(

@@ -15,11 +15,11 @@ from .decoder import Decoder
 # Registering a hook is not atomic in torch, and caches of one model may live in several threads.  Reentrant, because
 # a cache that dies while the lock is held takes its hooks off in the same thread.
 _hook_lock = threading.RLock()
-_armed: "weakref.WeakSet[Observer]" = weakref.WeakSet()
+_attached: "weakref.WeakSet[PrefillHooks]" = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
-class Observation:
+class LayerInput:
     """What one attention layer saw in one forward pass.
 
     Attributes:
@@ -35,39 +35,39 @@ class Observation:
     mask: Any
     valid: torch.Tensor | None = None
 
-    def tokens(self, start: int, stop: int) -> "Observation":
+    def tokens(self, start: int, stop: int) -> "LayerInput":
         """The part of tokens start to stop (no mask)."""
         part = slice(start, stop)
         valid = None if self.valid is None else self.valid[:, part]
-        return Observation(self.hidden_states[:, part], self.cos[:, part], self.sin[:, part], None, valid)
+        return LayerInput(self.hidden_states[:, part], self.cos[:, part], self.sin[:, part], None, valid)
 
-    def copied(self) -> "Observation":
+    def copied(self) -> "LayerInput":
         """The same in storage of its own, so that what it was cut from can be freed."""
         valid = None if self.valid is None else self.valid.clone()
-        return Observation(self.hidden_states.clone(), self.cos.clone(), self.sin.clone(), self.mask, valid)
+        return LayerInput(self.hidden_states.clone(), self.cos.clone(), self.sin.clone(), self.mask, valid)
 
 
-class Observer:
+class PrefillHooks:
     """Shows one cache what the attention layers see during one forward pass.
 
     Hooks are put on when the forward pass begins; each takes itself off when its layer has run, and all go when a
     layer raises, when the next prefill begins in the same thread, or when the cache is gone.  So nothing is left on
-    the model while it decodes.  A deep copy is a new observer of the same model, without hooks.
+    the model while it decodes.  A deep copy is for the same model, with nothing attached yet.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._handles: list[RemovableHandle] = []
-        self._seen: dict[int, Observation] = {}
+        self._seen: dict[int, LayerInput] = {}
         self._left_behind: list[RemovableHandle] = []
         self._thread = 0
         for handles in (self._handles, self._left_behind):
             weakref.finalize(self, _remove_all, handles).atexit = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Observer":
-        return Observer(self._decoder)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PrefillHooks":
+        return PrefillHooks(self._decoder)
 
-    def arm(self, cache: Any) -> None:
+    def attach(self, cache: Any) -> None:
         """Puts the hooks on; `cache.reset()` is called if the forward pass with that cache raises."""
         with _hook_lock:
             # `generate` may ask for mask sizes before the model itself does.
@@ -78,22 +78,22 @@ class Observer:
             owner = weakref.ref(cache)
             for index, block in enumerate(self._decoder.blocks):
                 _Hook(self, owner, index).put_on(self._handles, block, self._decoder.attention.get(index))
-            _armed.add(self)
+            _attached.add(self)
 
-    def disarm(self) -> None:
+    def detach(self) -> None:
         """Takes all hooks off and forgets what was seen."""
         with _hook_lock:
             _remove_all(self._handles)
-            _armed.discard(self)
+            _attached.discard(self)
             self._seen.clear()
 
-    def take(self, index: int) -> Observation | None:
+    def take(self, index: int) -> LayerInput | None:
         """What layer `index` saw in the forward pass under way, once."""
         return self._seen.pop(index, None)
 
-    def record(self, index: int, observation: Observation) -> None:
+    def record(self, index: int, inputs: LayerInput) -> None:
         """Keeps what layer `index` sees until `take`."""
-        self._seen[index] = observation
+        self._seen[index] = inputs
 
     def finished(self, handle: RemovableHandle) -> None:
         """Takes one hook off."""
@@ -102,7 +102,7 @@ class Observer:
             if handle in self._handles:
                 self._handles.remove(handle)
             if not self._handles:
-                _armed.discard(self)
+                _attached.discard(self)
 
     def abandon(self, handle: RemovableHandle) -> None:
         """Takes all hooks off while those of the block of `handle` are being run because it raised."""
@@ -113,7 +113,7 @@ class Observer:
             if hooks and next(reversed(hooks)) != handle.id:
                 self._handles.remove(handle)
                 self._left_behind.append(handle)
-            self.disarm()
+            self.detach()
 
     def _is_untouched(self) -> bool:
         all_handles = len(self._decoder.blocks) + len(self._decoder.attention)
@@ -121,18 +121,18 @@ class Observer:
 
     def _sweep(self) -> None:
         """Takes off what an interrupted forward pass of this thread left on the same model."""
-        self.disarm()
+        self.detach()
         _remove_all(self._left_behind)
-        for other in list(_armed):
+        for other in list(_attached):
             if other._thread == threading.get_ident() and other._decoder.blocks[0] is self._decoder.blocks[0]:
-                other.disarm()
+                other.detach()
 
 
 class _Hook:
     """The two hooks of one block: its attention module's input, and the end of the block."""
 
-    def __init__(self, observer: Observer, owner: "weakref.ref[Any]", index: int) -> None:
-        self._observer = weakref.ref(observer)
+    def __init__(self, hooks: PrefillHooks, owner: "weakref.ref[Any]", index: int) -> None:
+        self._hooks = weakref.ref(hooks)
         self._owner = owner
         self._index = index
         self._before: RemovableHandle | None = None
@@ -152,25 +152,25 @@ class _Hook:
     # In another thread's forward pass torch may have just taken the mark off that says "with kwargs": then they are
     # missing, and the call is not this cache's.
     def before_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
-        observer = self._observer()
-        if observer is None or not self._is_mine(kwargs):
+        hooks = self._hooks()
+        if hooks is None or not self._is_mine(kwargs):
             return
         assert kwargs is not None
         assert self._before is not None
-        observer.finished(self._before)
+        hooks.finished(self._before)
         hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         cos, sin = kwargs["position_embeddings"]
-        observer.record(self._index, Observation(hidden_states, cos, sin, kwargs.get("attention_mask")))
+        hooks.record(self._index, LayerInput(hidden_states, cos, sin, kwargs.get("attention_mask")))
 
     def after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
-        observer = self._observer()
-        if observer is None or not self._is_mine(kwargs):
+        hooks = self._hooks()
+        if hooks is None or not self._is_mine(kwargs):
             return
         assert self._after is not None
         if output is not None:
-            observer.finished(self._after)
+            hooks.finished(self._after)
             return
-        observer.abandon(self._after)
+        hooks.abandon(self._after)
         cache = self._owner()
         assert cache is not None
         cache.reset()

@@ -17,7 +17,7 @@ _unused: "weakref.WeakKeyDictionary[nn.Module, tuple[int, dict[Hashable, _Pair]]
 _times = itertools.count()
 
 
-class FixedStorage:
+class Buffers:
     """Keys and values of all selected layers of one cache, and how many tokens they hold and have seen.
 
     The layers all hold the same number of tokens, so two numbers serve them all.  They are on the device: what is
@@ -41,11 +41,11 @@ class FixedStorage:
         weakref.finalize(self, _leave, self._owner, next(_times), self._pairs).atexit = False
         self.counted = 0
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "FixedStorage":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Buffers":
         owner = self._owner()
         if owner is None:
             raise RuntimeError("the model of this cache is gone")
-        copied = FixedStorage(owner)
+        copied = Buffers(owner)
         memo[id(self)] = copied
         for key, pair in self._pairs.items():
             for mine, theirs in zip(pair, copied._pair(key, pair, [part.shape for part in pair]), strict=True):

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from ..model.hooks import Observation
+from ..model.hooks import LayerInput
 
 _LEAST_GROWTH = 64  # slots
 
 
-class SelectedLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):
     """A layer that holds fewer tokens than it has seen.
 
     `cumulative_length` counts the tokens seen, which positions follow; `keys` and `values` hold the stored ones, (B,
@@ -19,8 +19,8 @@ class SelectedLayer(DynamicLayer):
     Attributes:
         prompt_stored: how many of the stored tokens belong to the selected prompt.
         pending: whether the prompt is still being collected; then nothing has been dropped yet.
-        summary: what the policy has of the tokens collected so far.
-        tail: the last observation, not yet in the summary: while assisted decoding records, the last of its tokens may
+        summary: what the method has of the tokens collected so far.
+        tail: the last inputs, not yet in the summary: while assisted decoding records, the last of its tokens may
             be taken back.
         record_past: set by transformers while assisted decoding runs.
     """
@@ -39,7 +39,7 @@ class SelectedLayer(DynamicLayer):
         self.prompt_stored = 0
         self.pending = False
         self.summary: Any = None
-        self.tail: Observation | None = None
+        self.tail: LayerInput | None = None
         self.record_past = False
 
     def activate_past_recording(self) -> None:

@@ -8,8 +8,8 @@ import torch
 from shiftkv_kernels import gather
 
 from ..model.decoder import Decoder
-from .buffers import FixedStorage
-from .static import FixedLayer
+from .buffers import Buffers
+from .static import StaticLayer
 
 # These are given a mask that hides what has not been written yet.  transformers gives flash attention none, and cannot
 # compile flex attention with any cache.
@@ -34,8 +34,8 @@ class Room:
         self._budget = budget
         self._new_tokens = max_new_tokens
         self._backend = backend
-        self._storage: FixedStorage | None = None
-        self._layers: list[FixedLayer] = []
+        self._storage: Buffers | None = None
+        self._layers: list[StaticLayer] = []
         self._has_turns = False
         self._is_announced = False
 
@@ -48,7 +48,7 @@ class Room:
                 "read slots that are not written yet; build a new cache"
             )
 
-    def move_in(self, index: int, kept: torch.Tensor | None, keys: torch.Tensor, values: torch.Tensor) -> FixedLayer:
+    def move_in(self, index: int, kept: torch.Tensor | None, keys: torch.Tensor, values: torch.Tensor) -> StaticLayer:
         """The layer that takes the prompt over from layer `index`.
 
         Args:
@@ -59,7 +59,7 @@ class Room:
         seen = keys.shape[-2]
         stored = seen if kept is None else kept.shape[-1]
         if self._storage is None:
-            self._storage = FixedStorage(self._decoder.blocks[0])
+            self._storage = Buffers(self._decoder.blocks[0])
         # Room for the whole budget whatever the prompt's length: one size, one compilation.
         slots = self._new_tokens + (int(self._budget) if isinstance(self._budget, Integral) else stored)
         out = self._storage.buffers(index, keys, values, slots)
@@ -72,7 +72,7 @@ class Room:
         if index == self._indices[0]:
             self._storage.start(stored, seen, keys.device)
         is_last = index == self._indices[-1]
-        layer = FixedLayer(index, self._storage, out, kept, stored=stored, seen=seen, is_last=is_last)
+        layer = StaticLayer(index, self._storage, out, kept, stored=stored, seen=seen, is_last=is_last)
         self._layers.append(layer)
         return layer
 

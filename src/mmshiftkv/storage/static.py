@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from .buffers import FixedStorage
-from .growing import SelectedLayer
+from .buffers import Buffers
+from .growing import GrowingLayer
 
 
-class FixedLayer(SelectedLayer):
-    """Takes the place of a `SelectedLayer` once its prompt has been selected from, until `reset`.
+class StaticLayer(GrowingLayer):
+    """Takes the place of a `GrowingLayer` once its prompt has been selected from, until `reset`.
 
     `keys` and `values` are the whole storage, (B, H_kv, slots, D); attention is masked where nothing has been written
     yet.  `update` depends on no number that changes from prompt to prompt, so it is compiled once.
@@ -30,7 +30,7 @@ class FixedLayer(SelectedLayer):
     def __init__(
         self,
         index: int,
-        storage: FixedStorage,
+        storage: Buffers,
         states: tuple[torch.Tensor, torch.Tensor],
         kept: torch.Tensor | None,
         *,
@@ -48,7 +48,7 @@ class FixedLayer(SelectedLayer):
         self.is_initialized = True
         self._take(states)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "FixedLayer":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StaticLayer":
         copied = copy.copy(self)
         memo[id(self)] = copied
         copied._shared = copy.deepcopy(self._shared, memo)
