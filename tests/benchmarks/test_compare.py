@@ -9,6 +9,8 @@ from PIL import Image
 from transformers import DynamicCache
 
 from benchmarks.quality import compare
+from benchmarks.quality.comparison import Result, Setup, recall_table, table
+from benchmarks.quality.comparison_picture import draw_plot
 from benchmarks.quality.scoring import summarize
 from mmshiftkv import ShiftKVCache
 
@@ -114,8 +116,8 @@ def test_repeated_budgets_and_tasks_are_measured_once(capsys):
 
 def test_a_setup_makes_a_new_cache_for_each_call(tiny):
     model, _ = tiny
-    assert type(compare.Setup().make_cache(model)) is DynamicCache
-    shift = compare.Setup("shiftkv", 32)
+    assert type(Setup().make_cache(model)) is DynamicCache
+    shift = Setup("shiftkv", 32)
     first, second = shift.make_cache(model), shift.make_cache(model)
     assert isinstance(first, ShiftKVCache)
     assert first is not second
@@ -135,28 +137,28 @@ def test_all_methods_are_measured_budget_by_budget(capsys):
 
 
 def test_snapkv_has_at_most_a_quarter_of_the_budget_for_its_window():
-    windows = {budget: compare.Setup("snapkv", budget).settings.get("window", 32) for budget in (256, 128, 64, 10, 1)}
+    windows = {budget: Setup("snapkv", budget).settings.get("window", 32) for budget in (256, 128, 64, 10, 1)}
     assert windows == {256: 32, 128: 32, 64: 16, 10: 2, 1: 1}
-    assert compare.Setup("shiftkv", 10).settings == {}
+    assert Setup("shiftkv", 10).settings == {}
 
 
 def test_more_tasks_are_more_panels(tmp_path):
     perfect, wrong = summarize([("a", "a")]), summarize([("a", "b")])
 
     def drawn(*tasks):
-        results = [compare.Result(compare.Setup(), dict.fromkeys(tasks, perfect))]
+        results = [Result(Setup(), dict.fromkeys(tasks, perfect))]
         results += [
-            compare.Result(compare.Setup(method, budget), dict.fromkeys(tasks, wrong))
+            Result(Setup(method, budget), dict.fromkeys(tasks, wrong))
             for budget in (16, 8)
             for method in ("one", "two", "three")
         ]
-        compare.draw_plot(results, tmp_path / "plot.png")
-        text = compare.table(results)
+        draw_plot(results, tmp_path / "plot.png")
+        text = table(results)
         assert [line.split()[:2] for line in text.splitlines()[2:] if line] == [
             ["full", "-"],
             *([method, budget] for budget in ("16", "8") for method in ("one", "two", "three")),
         ]
-        assert compare.recall_table(results) == ""
+        assert recall_table(results) == ""
         with Image.open(tmp_path / "plot.png") as image:
             return image.size
 

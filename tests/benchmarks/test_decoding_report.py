@@ -3,7 +3,9 @@ import sys
 import pytest
 from PIL import Image
 
-from benchmarks.speed.decoding_report import Row, draw_plot, table
+from benchmarks.speed.decoding_pictures import draw_plot
+from benchmarks.speed.decoding_report import table
+from benchmarks.speed.rows import Row
 
 DONE = Row("Full", 1, 2048, 256, "eager", 20.5, 20.25, 21.0, 48.78, 3 * 2**30, 4 * 2**30, 5 * 2**30)
 SMALL = Row("Small", 1, 2048, 256, "compiled", 6.0, 5.5, 6.5, 166.7, 2**20, 2**21, 2**22, graphs=1)

@@ -8,7 +8,7 @@ import torch
 import transformers
 from PIL import Image
 
-from benchmarks.speed import speed_and_memory
+from benchmarks.speed import decoding_run, speed_and_memory
 from benchmarks.speed.random_models import random_model
 from tiny_llava import save_tiny_llava
 
@@ -122,8 +122,8 @@ def test_lengths_need_positions(capsys):
     with pytest.raises(SystemExit, match=r"with 6 new tokens \[8187\] are more than the model's 8192 positions"):
         speed_and_memory.main([*SMALL, "--lengths", "20", "8187"])
     arguments = speed_and_memory.parse_arguments(["--device", "cpu", "--new-tokens", "7900"])
-    model = speed_and_memory.load_model(arguments)
-    assert speed_and_memory.fitting_lengths(model, arguments) == [256]
+    model = decoding_run.load_model(arguments)
+    assert decoding_run.fitting_lengths(model, arguments) == [256]
     assert "left out: with 7900 new tokens [512, 1024] are more than" in capsys.readouterr().err
 
 

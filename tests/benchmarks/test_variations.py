@@ -4,8 +4,11 @@ import pytest
 import torch
 
 import models
-from benchmarks.quality import variations, variations_note
-from mmshiftkv import ShiftKVConfig
+from benchmarks.quality import variations
+from benchmarks.quality.last_query import WeightedLastQuery
+from benchmarks.quality.variation import Variation, all_variations
+from benchmarks.quality.variations_report import note
+from mmshiftkv import PrefillSelectionCache, ShiftKVConfig
 from mmshiftkv.methods.shiftkv import ShiftKV
 from tiny_vlm.pages import HELD_OUT_SEED
 
@@ -34,16 +37,16 @@ def scores_of(method, tokens=40):
             return seen[-1]
 
     model = models.text_model()
-    cache = variations.PrefillSelectionCache(model, Watched(), 8)
+    cache = PrefillSelectionCache(model, Watched(), 8)
     with torch.no_grad():
         model(models.prompt_ids(tokens=tokens), past_key_values=cache, use_cache=True)
     return seen
 
 
 def test_names_and_settings_are_distinct_and_every_one_makes_a_cache(tiny):
-    every = variations.all_variations()
+    every = all_variations()
     assert len({one.name for one in every}) == len({repr((one.settings, one.weights)) for one in every}) == len(every)
-    assert every[0] == variations.Variation("published")
+    assert every[0] == Variation("published")
     for one in every:
         one.make_cache(tiny[0], 64)
 
@@ -55,11 +58,11 @@ def test_the_documents_are_not_those_of_the_test_set():
 def test_a_last_query_of_weight_one_is_the_published_one():
     config = ShiftKVConfig(budget=8, num_proxies=64, num_groups=8)
     published = scores_of(ShiftKV(config))
-    for found, expected in zip(scores_of(variations.WeightedLastQuery(config)), published, strict=True):
+    for found, expected in zip(scores_of(WeightedLastQuery(config)), published, strict=True):
         assert found.equal(expected)
-    for found, expected in zip(scores_of(variations.WeightedLastQuery(config, 1, 0)), published, strict=True):
+    for found, expected in zip(scores_of(WeightedLastQuery(config, 1, 0)), published, strict=True):
         assert found.equal(expected.floor())
-    without = scores_of(variations.WeightedLastQuery(config, 0, 1))
+    without = scores_of(WeightedLastQuery(config, 0, 1))
     assert any(not found.equal(expected) for found, expected in zip(without, published, strict=True))
 
 
@@ -82,7 +85,7 @@ def test_json_holds_every_result_and_its_difference(written):
 def test_the_note_has_a_row_for_each_variation_and_columns_for_each_run(written, tmp_path):
     run = json.loads(written[0].read_text(encoding="utf-8"))
     single = written[1].read_text(encoding="utf-8")
-    assert single == variations_note.note([run])
+    assert single == note([run])
     test_run = {**run, "settings": {**run["settings"], "seed": HELD_OUT_SEED}}
     test_run["results"] = [result for result in run["results"] if result["variation"] in ("published", "gamma=1.0")]
     (tmp_path / "test.json").write_text(json.dumps(test_run), encoding="utf-8")

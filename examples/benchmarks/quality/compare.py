@@ -13,97 +13,23 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from tqdm import tqdm
 
 if not __package__:  # run as a script: its own folder is on the path, the folder examples is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import mmshiftkv
-from benchmarks.quality.comparison import Recall, Result, Setup, draw_plot, recall_table, record, table
-from benchmarks.quality.recall import decode_attention, recall
-from benchmarks.quality.scoring import estimate, summarize
-from common import DTYPES, choose_device, positive_integer
-from tiny_vlm.answering import MAX_NEW_TOKENS, answer_tokens, build_inputs, existing_folder, load
-from tiny_vlm.pages import ALL_FONTS, BUILTIN_FONTS, HELD_OUT_SEED, TASKS, Example, held_out_of_task
+from benchmarks.quality.comparison import Setup, recall_table, record, table
+from benchmarks.quality.comparison_measurement import measure
+from benchmarks.quality.comparison_picture import draw_plot
+from common import DTYPES, TINY_MODEL, choose_device, positive_integer
+from tiny_vlm.answering import existing_folder, load
+from tiny_vlm.pages import HELD_OUT_SEED, TASKS
 
-DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "assets" / "tiny_qwen2_5_vl"
 # In the order of the paper's tables; the full cache is always measured.
 METHODS = [*(method for method in mmshiftkv.METHODS if method not in ("full", "shiftkv")), "shiftkv"]
 NEED_MATPLOTLIB = 'needs matplotlib: pip install "mmshiftkv[plot]"'
-
-
-def batches(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
-    """Lists of `size` examples; the last one may be shorter."""
-    batch: list[Example] = []
-    for example in examples:
-        batch.append(example)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-class Measurement:
-    """What the setups answered to the questions of one task, and what their caches had kept."""
-
-    def __init__(self, model: Any, processor: Any, task: str) -> None:
-        self._model, self._processor, self._task = model, processor, task
-        self._attention: list[torch.Tensor] = []
-        self.answers: dict[Setup, list[tuple[str, str]]] = defaultdict(list)
-        self.recalls: dict[Setup, list[torch.Tensor]] = defaultdict(list)
-
-    def answer(self, setup: Setup, inputs: Any, truths: Sequence[str]) -> None:
-        """Has one setup answer a batch; the full cache must come first, as the others are held against it."""
-        cache: Any = setup.make_cache(self._model)
-        tokens = answer_tokens(self._model, inputs, cache, MAX_NEW_TOKENS[self._task])
-        texts = self._processor.batch_decode(tokens, skip_special_tokens=True)
-        self.answers[setup].extend(zip(texts, truths, strict=True))
-        if setup.method == "full":
-            self._attention = decode_attention(self._model, inputs, tokens, cache)
-        self.recalls[setup].append(recall(self._attention, cache).cpu())
-
-    def recall(self, setup: Setup) -> Recall | None:
-        """The recall of all batches; None if no answer had a decoding step."""
-        by_layer = torch.cat(self.recalls[setup])
-        by_layer = by_layer[by_layer.isfinite().all(dim=1)]
-        if not len(by_layer):
-            return None
-        return Recall(estimate(by_layer.mean(dim=1).tolist()), by_layer.mean(dim=0).tolist())
-
-
-def measure(model: Any, processor: Any, setups: Sequence[Setup], arguments: argparse.Namespace) -> list[Result]:
-    """Answers the same questions with every setup; a batch holds one task, as answers differ in length by task."""
-    fonts = BUILTIN_FONTS if arguments.builtin_font_only else ALL_FONTS
-    tasks = {task: Measurement(model, processor, task) for task in arguments.tasks}
-    total = len(tasks) * arguments.count * len(setups)
-    with tqdm(total=total, unit="answer") as progress:
-        for task, measurement in tasks.items():
-            examples = held_out_of_task(task, arguments.count, arguments.seed, fonts)
-            for batch in batches(examples, arguments.batch_size):
-                images, questions = [example.image for example in batch], [example.question for example in batch]
-                inputs = build_inputs(processor, images, questions).to(model.device, model.dtype)
-                for setup in setups:
-                    progress.set_description(f"{task}, {setup.method} {setup.budget or ''}".rstrip())
-                    measurement.answer(setup, inputs, [example.answer for example in batch])
-                    progress.update(len(batch))
-    results = []
-    for setup in setups:
-        recalls = {task: measurement.recall(setup) for task, measurement in tasks.items()}
-        results.append(
-            Result(
-                setup,
-                {task: summarize(measurement.answers[setup]) for task, measurement in tasks.items()},
-                {task: found for task, found in recalls.items() if found is not None},
-            )
-        )
-    return results
 
 
 def output_file(text: str) -> Path:
@@ -119,7 +45,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--model", type=existing_folder, default=DEFAULT_MODEL, help="folder of the model and its processor")
+    add("--model", type=existing_folder, default=TINY_MODEL, help="folder of the model and its processor")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="ways to compress the cache")
     add("--budgets", nargs="+", type=positive_integer, default=[128, 64, 32, 16], help="tokens per layer and KV head")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="kinds of questions")

@@ -14,195 +14,22 @@ one Markdown table from it, or with `--from` from files of earlier runs, in the 
 import argparse
 import importlib.util
 import json
-import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-import transformers
-from tqdm import tqdm
 
 if not __package__:  # run as a script: its own folder is on the path, the folder examples is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.quality.compare import DEFAULT_MODEL, NEED_MATPLOTLIB, batches
-from benchmarks.quality.comparison import device_name
-from benchmarks.quality.scoring import anls, estimate, exact_match
-from benchmarks.quality.variations_note import PUBLISHED, difference, note, read_run
-from common import DTYPES, choose_device, output_file, positive_integer
-from mmshiftkv import PrefillSelectionCache, ShiftKVConfig
-from mmshiftkv.methods.shiftkv import ShiftKV
-from shiftkv_kernels import vote
-from tiny_vlm.answering import MAX_NEW_TOKENS, answer, build_inputs, existing_folder, load
-from tiny_vlm.pages import ALL_FONTS, BUILTIN_FONTS, HELD_OUT_SEED, TASKS, held_out_of_task
+from benchmarks.quality.compare import NEED_MATPLOTLIB
+from benchmarks.quality.variation import all_variations
+from benchmarks.quality.variations_measurement import measure, summarized
+from benchmarks.quality.variations_report import PUBLISHED, note, read_run, record, table
+from common import DTYPES, TINY_MODEL, choose_device, output_file, positive_integer
+from tiny_vlm.answering import existing_folder, load
+from tiny_vlm.pages import HELD_OUT_SEED, TASKS
 
 DEVELOPMENT_SEED = HELD_OUT_SEED + 2  # calibrate.py has the one between
-
-
-@dataclass(frozen=True)
-class WeightedLastQuery(ShiftKV):
-    """ShiftKV whose real last query counts more or less than once.
-
-    Attributes:
-        in_groups: how often its attention mass enters that of each group, before the groups vote; published: 1.
-        in_score: how often it enters the score beside the votes; published: 1.
-    """
-
-    in_groups: float = 1.0
-    in_score: float = 1.0
-
-    def score(self, layer: Any, summary: Any, keys: Any, values: Any, valid: Any) -> torch.Tensor:
-        """Scores (B, H_kv, T), as `Policy.score` says."""
-        mass, last_mass = self.attention_mass(layer, summary, keys, valid)
-        proxies = self.config.num_proxies // self.config.num_groups
-        # `mass` is (that of the proxies + that of the last query) / (1 + proxies), whose scale does not matter to a
-        # vote; without the last query, rounding may leave a little less than nothing.
-        mass = mass + (self.in_groups - 1) / (1 + proxies) * last_mass.unsqueeze(2)
-        return vote(mass.clamp(min=0), self.config.mass) + self.in_score * last_mass
-
-
-@dataclass(frozen=True)
-class Variation:
-    """The published settings with something changed: settings of the config, or weights of `WeightedLastQuery`."""
-
-    name: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
-
-    def make_cache(self, model: Any, budget: int) -> PrefillSelectionCache:
-        """A new cache for one `generate` call."""
-        config = ShiftKVConfig.for_model(model, budget=budget, **self.settings)
-        policy = WeightedLastQuery(config, **self.weights) if self.weights else ShiftKV(config)
-        return PrefillSelectionCache(model, policy, budget)
-
-
-def _of(setting: str, values: Sequence[Any], **fixed: Any) -> list[Variation]:
-    return [Variation(f"{setting}={value}", {setting: value, **fixed}) for value in values]
-
-
-def all_variations() -> list[Variation]:
-    """The published settings first, then one change at a time.
-
-    Other seeds change nothing but the noise: they show how much a difference may come from the samples alone.  The
-    stride stays at 32 where the groups, which it follows by default, become more or fewer.
-    """
-    return [
-        Variation(PUBLISHED),
-        *_of("seed", [1, 2]),
-        *_of("gamma", [0.5, 1.0, 2.0, 5.0, 20.0, 30.0]),
-        *_of("num_proxies", [128, 2048]),
-        *_of("num_groups", [8, 16, 64, 128], future_stride=32),
-        *_of("mass", [0.5, 0.8, 0.9, 0.99]),
-        *_of("stats_window", [32, 128]),
-        *_of("future_stride", [1, 8]),
-        *_of("last_token_layers", [2]),
-        *_of("last_query_share", [0.125, 0.25, 0.5, 0.75]),
-        # All places but that of the last token: what its attention chooses without any votes.
-        Variation("last query alone", {"last_query_share": 0.99}),
-        Variation("last query not in the groups", weights={"in_groups": 0.0}),
-        Variation("last query 16 times in the groups", weights={"in_groups": 16.0}),
-        Variation("last query not in the score", weights={"in_score": 0.0}),
-        Variation("last query 8 times in the score", weights={"in_score": 8.0}),
-        Variation("last query 32 times in the score", weights={"in_score": 32.0}),
-    ]
-
-
-Scores = dict[tuple[str, int], dict[str, list[tuple[float, float]]]]  # exact match and ANLS of each answer, by task
-
-
-def measure(model: Any, processor: Any, variations: Sequence[Variation], arguments: argparse.Namespace) -> Scores:
-    """Has every variation answer the same questions at every budget, with a progress bar."""
-    fonts = BUILTIN_FONTS if arguments.builtin_font_only else ALL_FONTS
-    setups = [(variation, budget) for variation in variations for budget in arguments.budgets]
-    scores: Scores = {(variation.name, budget): {task: [] for task in arguments.tasks} for variation, budget in setups}
-    with tqdm(total=len(arguments.tasks) * arguments.count * len(setups), unit="answer") as progress:
-        for task in arguments.tasks:
-            for batch in batches(held_out_of_task(task, arguments.count, arguments.seed, fonts), arguments.batch_size):
-                images, questions = [example.image for example in batch], [example.question for example in batch]
-                inputs = build_inputs(processor, images, questions).to(model.device, model.dtype)
-                for variation, budget in setups:
-                    progress.set_description(f"{task}, {variation.name}, {budget}")
-                    cache = variation.make_cache(model, budget)
-                    texts = answer(model, processor, inputs, cache, MAX_NEW_TOKENS[task])
-                    scores[variation.name, budget][task].extend(
-                        (float(exact_match(text, example.answer)), anls(text, example.answer))
-                        for text, example in zip(texts, batch, strict=True)
-                    )
-                    progress.update(len(batch))
-    return scores
-
-
-def by_question(scores: Scores, name: str, budget: int) -> np.ndarray:
-    """Exact match of the n-th question of each task, averaged over the tasks: (count,) fractions.
-
-    The n-th questions of all tasks are about pages of one size, so they are drawn together in a bootstrap.
-    """
-    tasks = scores[name, budget].values()
-    return np.mean([[exact for exact, _ in answers] for answers in tasks], axis=0)
-
-
-def summarized(scores: Scores, variations: Sequence[Variation], budget: int) -> list[dict[str, Any]]:
-    """The figures of each variation at one budget, best mean exact match first."""
-    baseline = by_question(scores, PUBLISHED, budget)
-    results = []
-    for variation in variations:
-        exact = by_question(scores, variation.name, budget)
-        by_task = scores[variation.name, budget]
-        results.append(
-            {
-                "variation": variation.name,
-                "budget": budget,
-                "settings": {**variation.settings, **variation.weights},
-                "exact_match": asdict(estimate(exact.tolist())),
-                "difference": asdict(estimate((exact - baseline).tolist())),
-                "tasks": {
-                    task: dict(zip(("exact_match", "anls"), np.mean(answers, axis=0).tolist(), strict=True))
-                    for task, answers in by_task.items()
-                },
-            }
-        )
-    return sorted(results, key=lambda result: -result["exact_match"]["mean"])
-
-
-def record(results: list[dict[str, Any]], model: Any, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything that a reader of the numbers needs to repeat them, ready for JSON."""
-    names = ("budgets", "tasks", "count", "batch_size", "seed", "builtin_font_only")
-    return {
-        "settings": {
-            "model": arguments.model.resolve().name,
-            **{name: getattr(arguments, name) for name in names},
-            "dtype": str(model.dtype).removeprefix("torch."),
-        },
-        "environment": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-            "device": device_name(model.device),
-        },
-        "results": results,
-    }
-
-
-def table(recorded: dict[str, Any]) -> str:
-    """Exact match in percent, the best variation first; a block of lines for each budget."""
-    tasks = recorded["settings"]["tasks"]
-    cells = [["budget", "variation", *tasks, "mean", "difference"]]
-    for result in recorded["results"]:
-        shares = [result["tasks"][task]["exact_match"] for task in tasks] + [result["exact_match"]["mean"]]
-        percents = [f"{100 * share:.1f}" for share in shares]
-        cells.append([str(result["budget"]), result["variation"], *percents, difference(result)])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines: list[str] = []
-    for row, before in zip(cells, [cells[0], *cells], strict=False):
-        if lines and row[0] != before[0]:
-            lines.append("")
-        lines.append("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
-    head = f"exact match, percent ({recorded['settings']['count']} questions a task); difference to {PUBLISHED}"
-    return "\n".join([head, *lines])
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -212,7 +39,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     names = [variation.name for variation in all_variations()]
     add = parser.add_argument
-    add("--model", type=existing_folder, default=DEFAULT_MODEL, help="folder of the model and its processor")
+    add("--model", type=existing_folder, default=TINY_MODEL, help="folder of the model and its processor")
     add("--only", nargs="+", choices=names, default=names, metavar="VARIATION", help=f"besides {PUBLISHED!r}")
     add("--budgets", nargs="+", type=positive_integer, default=[64, 32], help="tokens per layer and KV head")
     add("--tasks", nargs="+", choices=TASKS, default=["lookup", "multi", "line"], help="kinds of questions")

@@ -2,10 +2,15 @@
 
 import argparse
 import json
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+from benchmarks.report import device_name
 from tiny_vlm.pages import HELD_OUT_SEED
 
 PUBLISHED = "published"
@@ -90,3 +95,40 @@ def _conditions(run: dict[str, Any]) -> str:
         f"{settings['dtype']}, {environment['device']}, torch {environment['torch']}, "
         f"transformers {environment['transformers']}"
     )
+
+
+def record(results: list[dict[str, Any]], model: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything that a reader of the numbers needs to repeat them, ready for JSON."""
+    names = ("budgets", "tasks", "count", "batch_size", "seed", "builtin_font_only")
+    return {
+        "settings": {
+            "model": arguments.model.resolve().name,
+            **{name: getattr(arguments, name) for name in names},
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "environment": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "device": device_name(model.device),
+        },
+        "results": results,
+    }
+
+
+def table(recorded: dict[str, Any]) -> str:
+    """Exact match in percent, the best variation first; a block of lines for each budget."""
+    tasks = recorded["settings"]["tasks"]
+    cells = [["budget", "variation", *tasks, "mean", "difference"]]
+    for result in recorded["results"]:
+        shares = [result["tasks"][task]["exact_match"] for task in tasks] + [result["exact_match"]["mean"]]
+        percents = [f"{100 * share:.1f}" for share in shares]
+        cells.append([str(result["budget"]), result["variation"], *percents, difference(result)])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines: list[str] = []
+    for row, before in zip(cells, [cells[0], *cells], strict=False):
+        if lines and row[0] != before[0]:
+            lines.append("")
+        lines.append("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    head = f"exact match, percent ({recorded['settings']['count']} questions a task); difference to {PUBLISHED}"
+    return "\n".join([head, *lines])
