@@ -1,15 +1,10 @@
 import json
 
 import pytest
-import torch
 
-import models
 from benchmarks.quality import variations
-from benchmarks.quality.last_query import WeightedLastQuery
 from benchmarks.quality.variation import Variation, all_variations
 from benchmarks.quality.variations_report import note
-from mmshiftkv import PrefillSelectionCache, ShiftKVConfig
-from mmshiftkv.methods.shiftkv import ShiftKV
 from tiny_vlm.pages import HELD_OUT_SEED
 
 SMALL = ["--count", "2", "--batch-size", "2", "--device", "cpu", "--tasks", "lookup", "--budgets", "48", "8"]
@@ -25,24 +20,6 @@ def written(tmp_path_factory):
     return files
 
 
-def scores_of(method, tokens=40):
-    """The scores that a method gives in each layer of a small model."""
-    seen = []
-
-    class Watched:
-        observe = method.observe
-
-        def score(self, *args):
-            seen.append(method.score(*args))
-            return seen[-1]
-
-    model = models.text_model()
-    cache = PrefillSelectionCache(model, Watched(), 8)
-    with torch.no_grad():
-        model(models.prompt_ids(tokens=tokens), past_key_values=cache, use_cache=True)
-    return seen
-
-
 def test_names_and_settings_are_distinct_and_every_one_makes_a_cache(tiny):
     every = all_variations()
     assert len({one.name for one in every}) == len({repr((one.settings, one.weights)) for one in every}) == len(every)
@@ -53,17 +30,6 @@ def test_names_and_settings_are_distinct_and_every_one_makes_a_cache(tiny):
 
 def test_the_documents_are_not_those_of_the_test_set():
     assert variations.parse_arguments([]).seed == variations.DEVELOPMENT_SEED != HELD_OUT_SEED
-
-
-def test_a_last_query_of_weight_one_is_the_published_one():
-    config = ShiftKVConfig(budget=8, num_proxies=64, num_groups=8)
-    published = scores_of(ShiftKV(config))
-    for found, expected in zip(scores_of(WeightedLastQuery(config)), published, strict=True):
-        assert found.equal(expected)
-    for found, expected in zip(scores_of(WeightedLastQuery(config, 1, 0)), published, strict=True):
-        assert found.equal(expected.floor())
-    without = scores_of(WeightedLastQuery(config, 0, 1))
-    assert any(not found.equal(expected) for found, expected in zip(without, published, strict=True))
 
 
 def test_json_holds_every_result_and_its_difference(written):

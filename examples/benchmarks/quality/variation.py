@@ -9,6 +9,8 @@ from benchmarks.quality.variations_report import PUBLISHED
 from mmshiftkv import PrefillSelectionCache, ShiftKVConfig
 from mmshiftkv.methods.shiftkv import ShiftKV
 
+LAST_QUERY_SHARES = (0.125, 0.25, 0.5, 0.75)
+
 
 @dataclass(frozen=True)
 class Variation:
@@ -21,8 +23,8 @@ class Variation:
     def make_cache(self, model: Any, budget: int) -> PrefillSelectionCache:
         """A new cache for one `generate` call."""
         config = ShiftKVConfig.for_model(model, budget=budget, **self.settings)
-        policy = WeightedLastQuery(config, **self.weights) if self.weights else ShiftKV(config)
-        return PrefillSelectionCache(model, policy, budget)
+        method = WeightedLastQuery(config, **self.weights) if self.weights else ShiftKV(config)
+        return PrefillSelectionCache(model, method, budget)
 
 
 def _of(setting: str, values: Sequence[Any], **fixed: Any) -> list[Variation]:
@@ -45,9 +47,9 @@ def all_variations() -> list[Variation]:
         *_of("stats_window", [32, 128]),
         *_of("future_stride", [1, 8]),
         *_of("last_token_layers", [2]),
-        *_of("last_query_share", [0.125, 0.25, 0.5, 0.75]),
+        *(Variation(f"last_query_share={share}", weights={"last_query_share": share}) for share in LAST_QUERY_SHARES),
         # All places but that of the last token: what its attention chooses without any votes.
-        Variation("last query alone", {"last_query_share": 0.99}),
+        Variation("last query alone", weights={"last_query_share": 0.99}),
         Variation("last query not in the groups", weights={"in_groups": 0.0}),
         Variation("last query 16 times in the groups", weights={"in_groups": 16.0}),
         Variation("last query not in the score", weights={"in_score": 0.0}),
