@@ -1,12 +1,17 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from benchmarks.quality import variations
+from benchmarks.quality.questions import DEVELOPMENT_SEED
 from benchmarks.quality.variation import Variation, all_variations
 from benchmarks.quality.variations_report import note
 from tiny_vlm.pages import HELD_OUT_SEED
 
+RESULTS = Path(variations.__file__).parents[1] / "results"
+TEST_RECORD = str(RESULTS / "variations_test.json")
 SMALL = ["--count", "2", "--batch-size", "2", "--device", "cpu", "--tasks", "lookup", "--budgets", "48", "8"]
 
 
@@ -29,12 +34,12 @@ def test_names_and_settings_are_distinct_and_every_one_makes_a_cache(tiny):
 
 
 def test_the_documents_are_not_those_of_the_test_set():
-    assert variations.parse_arguments([]).seed == variations.DEVELOPMENT_SEED != HELD_OUT_SEED
+    assert variations.parse_arguments([]).seed == DEVELOPMENT_SEED != HELD_OUT_SEED
 
 
 def test_json_holds_every_result_and_its_difference(written):
     run = json.loads(written[0].read_text(encoding="utf-8"))
-    assert run["settings"]["seed"] == variations.DEVELOPMENT_SEED
+    assert run["settings"]["seed"] == DEVELOPMENT_SEED
     assert [result["budget"] for result in run["results"]] == [48] * 4 + [8] * 4
     for budget in (48, 8):
         results = [result for result in run["results"] if result["budget"] == budget]
@@ -57,7 +62,7 @@ def test_the_note_has_a_row_for_each_variation_and_columns_for_each_run(written,
     (tmp_path / "test.json").write_text(json.dumps(test_run), encoding="utf-8")
     variations.main(["--from", str(written[0]), str(tmp_path / "test.json"), "--note", str(tmp_path / "both.md")])
     both = (tmp_path / "both.md").read_text(encoding="utf-8")
-    head, _, *rows = [line.strip("| ").split(" | ") for line in both.splitlines() if line.startswith("|")]
+    head, _, *rows = [re.split(r" +\| +", line.strip("| ")) for line in both.splitlines() if line.startswith("|")]
     assert head[1::2] == ["development, 48", "development, 8", "test, 48", "test, 8"]
     assert {row[0]: row[5] == "-" for row in rows} == {
         "published": False,
@@ -73,7 +78,15 @@ def test_the_note_has_a_row_for_each_variation_and_columns_for_each_run(written,
     ("options", "words"),
     [
         (["--only", "gama=1"], "invalid choice: 'gama=1'"),
-        (["--from", "nowhere.json", "--note", "note.md"], "'nowhere.json' is no JSON file of variations.py"),
+        (["--from", "nowhere.json", "--note", "note.md"], "--from: no such file: 'nowhere.json'"),
+        (
+            ["--from", str(RESULTS / "compare.json"), "--note", "note.md"],
+            "compare.json' is no JSON file of variations.py",
+        ),
+        (
+            ["--from", str(RESULTS / "variations_test.json"), "--note", "x.md", "--json", "x.json"],
+            "--json goes without",
+        ),
         (["--count", "0"], "needs a whole number, at least 1"),
         (["--json", "nowhere/run.json"], "no such folder"),
     ],
@@ -82,6 +95,18 @@ def test_wrong_arguments_are_named(options, words, capsys):
     with pytest.raises(SystemExit):
         variations.main(options)
     assert words in capsys.readouterr().err
+
+
+def test_the_note_of_this_repository_is_that_of_its_records(tmp_path):
+    files = [str(RESULTS / f"variations_{name}.json") for name in ("development", "test")]
+    variations.main(["--from", *files, "--note", str(tmp_path / "note.md")])
+    assert (tmp_path / "note.md").read_text(encoding="utf-8") == (RESULTS / "variations.md").read_text(encoding="utf-8")
+
+
+def test_the_records_of_this_repository_have_the_variations_of_the_script():
+    recorded = json.loads((RESULTS / "variations_development.json").read_text(encoding="utf-8"))
+    settings = {one.name: {**one.settings, **one.weights} for one in all_variations()}
+    assert {result["variation"]: result["settings"] for result in recorded["results"]} == settings
 
 
 def test_runs_without_a_note_are_refused(written, capsys):

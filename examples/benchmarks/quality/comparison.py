@@ -1,18 +1,16 @@
 """What compare.py measures, and how it is shown: tables and JSON."""
 
 import argparse
-import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-from transformers import Cache
-
+from benchmarks import report
 from benchmarks.quality.scoring import Estimate, Summary
-from benchmarks.report import device_name
-from mmshiftkv import make_cache
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 SNAPKV_WINDOW = 32
 RECALL = "decode_attention_recall"
@@ -35,8 +33,10 @@ class Setup:
             return {"window": max(self.budget // 4, 1)}
         return {}
 
-    def make_cache(self, model: Any) -> Cache:
+    def make_cache(self, model: Any) -> "Cache":
         """A new cache for one `generate` call; raises ValueError for a budget that the method cannot keep."""
+        from mmshiftkv import make_cache
+
         return make_cache(self.method, model, self.budget, **self.settings)
 
 
@@ -72,18 +72,14 @@ class Result:
         return [sum(layer) / len(layer) for layer in zip(*by_task, strict=True)]
 
 
-def _aligned(results: Sequence[Result], head: list[str], rows: Sequence[list[str]]) -> list[str]:
-    """Lines of right-aligned cells behind each setup's name and budget, with space between budgets if methods vary."""
-    cells = [["cache", "budget", *head]]
-    for result, row in zip(results, rows, strict=True):
-        cells.append([result.setup.method, str(result.setup.budget or "-"), *row])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-    if len({result.setup.method for result in results} - {"full"}) > 1:
-        for index in range(len(results) - 1, 0, -1):
-            if results[index].setup.budget != results[index - 1].setup.budget:
-                lines.insert(index + 1, "")
-    return lines
+def _blocks(results: Sequence[Result], rows: Sequence[list[str]]) -> Iterator[list[list[str]]]:
+    """Rows of cells behind each setup's name and budget, in blocks: of each budget, if methods vary."""
+    methods = {result.setup.method for result in results} - {"full"}
+    by_budget = groupby(
+        zip(results, rows, strict=True), key=lambda pair: pair[0].setup.budget if len(methods) > 1 else None
+    )
+    for _, pairs in by_budget:
+        yield [[result.setup.method, str(result.setup.budget or "-"), *row] for result, row in pairs]
 
 
 def table(results: Sequence[Result]) -> str:
@@ -98,7 +94,8 @@ def table(results: Sequence[Result]) -> str:
         scores.append((mean["exact_match"], mean["anls"]))
         cells = [f"{100 * exact:.1f} / {100 * anls:.1f}" for exact, anls in scores]
         rows.append([*cells, f"{100 * mean[RECALL]:.1f}" if RECALL in mean else "-"])
-    return "\n".join(["exact match / ANLS, percent", *_aligned(results, head, rows)])
+    lines = report.table(["cache", "budget", *head], *_blocks(results, rows))
+    return f"exact match / ANLS, percent\n{lines}"
 
 
 def recall_table(results: Sequence[Result]) -> str:
@@ -115,32 +112,33 @@ def recall_table(results: Sequence[Result]) -> str:
         ]
         for result in shown
     ]
-    return "\n".join(["decode attention recall, percent", *_aligned(shown, head, rows)])
+    lines = report.table(["cache", "budget", *head], *_blocks(shown, rows))
+    return f"decode attention recall, percent\n{lines}"
 
 
 def record(results: Sequence[Result], model: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that a reader of the numbers needs to repeat them, ready for JSON."""
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "plot")}
-    settings["model"] = arguments.model.resolve().name
-    settings |= {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+    names = ("methods", "budgets", "tasks", "count", "batch_size", "seed", "builtin_font_only")
     return {
-        "settings": settings,
-        "environment": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-            "device": device_name(model.device),
+        "settings": {
+            "model": arguments.model.resolve().name,
+            **{name: getattr(arguments, name) for name in names},
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
         },
-        "results": [
-            {
-                "method": result.setup.method,
-                "budget": result.setup.budget,
-                "method_settings": result.setup.settings,
-                "tasks": {task: _task_record(result, task) for task in result.tasks},
-                "mean": result.mean(),
-            }
-            for result in results
-        ],
+        "environment": report.environment(model.device),
+        "results": [result_record(result) for result in results],
+    }
+
+
+def result_record(result: Result) -> dict[str, Any]:
+    """One setup's scores, ready for JSON."""
+    return {
+        "method": result.setup.method,
+        "budget": result.setup.budget,
+        "method_settings": result.setup.settings,
+        "tasks": {task: _task_record(result, task) for task in result.tasks},
+        "mean": result.mean(),
     }
 
 
@@ -150,3 +148,22 @@ def _task_record(result: Result, task: str) -> dict[str, Any]:
         recall = result.recall[task]
         scores[RECALL] = {**asdict(recall.mean), "layers": recall.layers}
     return scores
+
+
+def read(record: dict[str, Any]) -> list[Result]:
+    """The results in what `record` made: `result_record` makes the same of them again.
+
+    Raises:
+        LookupError, TypeError: it is something else.
+    """
+    return [_read_result(result) for result in record["results"]]
+
+
+def _read_result(result: dict[str, Any]) -> Result:
+    tasks, recalls = {}, {}
+    for task, scores in result["tasks"].items():
+        tasks[task] = Summary(scores["count"], Estimate(**scores["exact_match"]), Estimate(**scores["anls"]))
+        if RECALL in scores:
+            mean = {name: value for name, value in scores[RECALL].items() if name != "layers"}
+            recalls[task] = Recall(Estimate(**mean), scores[RECALL]["layers"])
+    return Result(Setup(result["method"], result["budget"]), tasks, recalls)

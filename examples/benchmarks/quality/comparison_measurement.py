@@ -9,11 +9,10 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.quality.comparison import Recall, Result, Setup
-from benchmarks.quality.questions import batches
+from benchmarks.quality.questions import question_batches
 from benchmarks.quality.recall import decode_attention, recall
 from benchmarks.quality.scoring import estimate, summarize
-from tiny_vlm.answering import MAX_NEW_TOKENS, answer_tokens, build_inputs
-from tiny_vlm.pages import ALL_FONTS, BUILTIN_FONTS, held_out_of_task
+from tiny_vlm.answering import MAX_NEW_TOKENS, answer_tokens
 
 
 class Measurement:
@@ -46,19 +45,15 @@ class Measurement:
 
 def measure(model: Any, processor: Any, setups: Sequence[Setup], arguments: argparse.Namespace) -> list[Result]:
     """Answers the same questions with every setup; a batch holds one task, as answers differ in length by task."""
-    fonts = BUILTIN_FONTS if arguments.builtin_font_only else ALL_FONTS
     tasks = {task: Measurement(model, processor, task) for task in arguments.tasks}
     total = len(tasks) * arguments.count * len(setups)
     with tqdm(total=total, unit="answer") as progress:
         for task, measurement in tasks.items():
-            examples = held_out_of_task(task, arguments.count, arguments.seed, fonts)
-            for batch in batches(examples, arguments.batch_size):
-                images, questions = [example.image for example in batch], [example.question for example in batch]
-                inputs = build_inputs(processor, images, questions).to(model.device, model.dtype)
+            for inputs, truths in question_batches(model, processor, task, arguments):
                 for setup in setups:
                     progress.set_description(f"{task}, {setup.method} {setup.budget or ''}".rstrip())
-                    measurement.answer(setup, inputs, [example.answer for example in batch])
-                    progress.update(len(batch))
+                    measurement.answer(setup, inputs, truths)
+                    progress.update(len(truths))
     results = []
     for setup in setups:
         recalls = {task: measurement.recall(setup) for task, measurement in tasks.items()}

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.quality.last_query import WeightedLastQuery
 from benchmarks.quality.variations_report import PUBLISHED
-from mmshiftkv import PrefillSelectionCache, ShiftKVConfig
-from mmshiftkv.methods.shiftkv import ShiftKV
+
+if TYPE_CHECKING:
+    from mmshiftkv import PrefillSelectionCache
 
 LAST_QUERY_SHARES = (0.125, 0.25, 0.5, 0.75)
 
@@ -20,8 +20,12 @@ class Variation:
     settings: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
 
-    def make_cache(self, model: Any, budget: int) -> PrefillSelectionCache:
+    def make_cache(self, model: Any, budget: int) -> "PrefillSelectionCache":
         """A new cache for one `generate` call."""
+        from benchmarks.quality.last_query import WeightedLastQuery
+        from mmshiftkv import PrefillSelectionCache, ShiftKVConfig
+        from mmshiftkv.methods.shiftkv import ShiftKV
+
         config = ShiftKVConfig.for_model(model, budget=budget, **self.settings)
         method = WeightedLastQuery(config, **self.weights) if self.weights else ShiftKV(config)
         return PrefillSelectionCache(model, method, budget)

@@ -8,35 +8,31 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.quality.questions import batches
+from benchmarks.quality.questions import question_batches
 from benchmarks.quality.scoring import anls, estimate, exact_match
 from benchmarks.quality.variation import Variation
 from benchmarks.quality.variations_report import PUBLISHED
-from tiny_vlm.answering import MAX_NEW_TOKENS, answer, build_inputs
-from tiny_vlm.pages import ALL_FONTS, BUILTIN_FONTS, held_out_of_task
+from tiny_vlm.answering import MAX_NEW_TOKENS, answer
 
 Scores = dict[tuple[str, int], dict[str, list[tuple[float, float]]]]  # exact match and ANLS of each answer, by task
 
 
 def measure(model: Any, processor: Any, variations: Sequence[Variation], arguments: argparse.Namespace) -> Scores:
     """Has every variation answer the same questions at every budget, with a progress bar."""
-    fonts = BUILTIN_FONTS if arguments.builtin_font_only else ALL_FONTS
     setups = [(variation, budget) for variation in variations for budget in arguments.budgets]
     scores: Scores = {(variation.name, budget): {task: [] for task in arguments.tasks} for variation, budget in setups}
     with tqdm(total=len(arguments.tasks) * arguments.count * len(setups), unit="answer") as progress:
         for task in arguments.tasks:
-            for batch in batches(held_out_of_task(task, arguments.count, arguments.seed, fonts), arguments.batch_size):
-                images, questions = [example.image for example in batch], [example.question for example in batch]
-                inputs = build_inputs(processor, images, questions).to(model.device, model.dtype)
+            for inputs, truths in question_batches(model, processor, task, arguments):
                 for variation, budget in setups:
                     progress.set_description(f"{task}, {variation.name}, {budget}")
                     cache = variation.make_cache(model, budget)
                     texts = answer(model, processor, inputs, cache, MAX_NEW_TOKENS[task])
                     scores[variation.name, budget][task].extend(
-                        (float(exact_match(text, example.answer)), anls(text, example.answer))
-                        for text, example in zip(texts, batch, strict=True)
+                        (float(exact_match(text, truth)), anls(text, truth))
+                        for text, truth in zip(texts, truths, strict=True)
                     )
-                    progress.update(len(batch))
+                    progress.update(len(truths))
     return scores
 
 

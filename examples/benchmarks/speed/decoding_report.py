@@ -1,26 +1,40 @@
-"""What decoding.py has measured, as a table."""
+"""How speed_and_memory.py shows decoding: a table and two pictures."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from benchmarks.speed.rows import Row
+from benchmarks import report
+from benchmarks.speed.rows import Row, read
 from mmshiftkv.report import format_bytes
+
+HEADER = ["batch", "tokens", "cache", "decoding", "ms/token", "(min - max)", "tokens/s"]
+HEADER += ["cache holds", "at last token", "peak", "graphs"]
+
+
+def show(records: Sequence[dict[str, Any]], plot: Path | None) -> None:
+    """Prints the rows of all records under what they have in common; draws them, if there is a `plot`.
+
+    Raises:
+        ValueError: they are of different models, numbers of new tokens or devices.
+    """
+    conditions, rows_of_records = zip(*map(read, records), strict=True)
+    if len(set(conditions)) > 1:
+        raise ValueError(f"--read: these cannot be shown together: {'; '.join(sorted(set(conditions)))}")
+    rows = [row for rows in rows_of_records for row in rows]
+    print(conditions[0], table(rows), sep="\n\n")
+    if plot:
+        from benchmarks.speed.decoding_pictures import draw_memory, draw_time
+
+        for name, draw in (("time", draw_time), ("memory", draw_memory)):
+            path = plot.with_stem(f"{plot.stem}_{name}")
+            draw(rows, conditions[0]).savefig(path, dpi=150)
+            print(f"written: {path}")
 
 
 def table(rows: Sequence[Row]) -> str:
     """One line a row under a header, a dash where there is no number, and what the columns are."""
-    header = ["batch", "tokens", "cache", "decoding", "ms/token", "(min - max)", "tokens/s"]
-    header += ["cache holds", "at last token", "peak", "graphs"]
-    cells = [header, *(_cells(row) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    left = header.index("cache"), header.index("decoding")
-    lines = [
-        "  ".join(
-            cell.ljust(width) if place in left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    ]
-    return "\n".join([*lines, "", *_notes(rows)])
+    return "\n".join([report.table(HEADER, map(_cells, rows), left=("cache", "decoding")), "", *_notes(rows)])
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:

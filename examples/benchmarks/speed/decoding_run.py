@@ -1,9 +1,7 @@
-"""Loads what speed_and_memory.py is asked to measure, measures decoding, and shows it."""
+"""Loads what speed_and_memory.py is asked to measure, and measures decoding."""
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,11 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from benchmarks.report import environment
-from benchmarks.speed import decoding, decoding_pictures, decoding_report
+from benchmarks import report
+from benchmarks.speed import decoding
 from benchmarks.speed.random_models import random_model
-from benchmarks.speed.rows import UNTIMED, Row
-from common import TINY_MODEL
+from benchmarks.speed.rows import UNTIMED
+from common import TINY_MODEL, errors_in_one_line
 
 
 def load_model(arguments: argparse.Namespace) -> Any:
@@ -84,17 +82,15 @@ def decoding_settings(model: Any, arguments: argparse.Namespace) -> dict[str, An
     }
 
 
-def decode(arguments: argparse.Namespace) -> None:
-    """Measures decoding; prints the table and writes what was asked for."""
-    try:
+def decode(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures decoding; the record of it, which is also written to the file of `--json`."""
+    with errors_in_one_line():  # a checkpoint, lengths or a model that will not do
         model = load_model(arguments)
         arguments.lengths = fitting_lengths(model, arguments)
         kinds = cache_kinds(model, arguments)
-    except (OSError, TypeError, ValueError) as error:  # a checkpoint, lengths or a model that will not do
-        sys.exit(f"speed_and_memory.py: error: {error}")
     record: dict[str, Any] = {
         "settings": decoding_settings(model, arguments),
-        "environment": environment(model.device),
+        "environment": report.environment(model.device),
         "rows": [],
     }
     for rows in decoding.measure(
@@ -107,31 +103,5 @@ def decode(arguments: argparse.Namespace) -> None:
     ):
         record["rows"] += [asdict(row) for row in rows]
         if arguments.json:
-            arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    show([record], arguments.plot)
-
-
-def show(records: Sequence[dict[str, Any]], plot: Path | None) -> None:
-    """Prints the rows of all records under what they have in common, and draws them into the file `plot`, if any.
-
-    Raises:
-        ValueError: they are of different models, numbers of new tokens or devices.
-    """
-    titles = [
-        "{model}, {dtype}, {device}: {new_tokens} new tokens".format(**record["settings"], **record["environment"])
-        for record in records
-    ]
-    if len(set(titles)) > 1:
-        raise ValueError(f"--read: these cannot be shown together: {'; '.join(sorted(set(titles)))}")
-    rows = [Row(**row) for record in records for row in record["rows"]]
-    print(titles[0], decoding_report.table(rows), sep="\n\n")
-    if plot:
-        decoding_pictures.draw_plot(rows, titles[0]).savefig(plot, dpi=150)
-
-
-def read(arguments: argparse.Namespace) -> None:
-    """Shows what was measured earlier."""
-    try:
-        show([json.loads(Path(name).read_text(encoding="utf-8")) for name in arguments.read], arguments.plot)
-    except (KeyError, TypeError, ValueError) as error:  # other JSON, or other measurements
-        sys.exit(f"speed_and_memory.py: error: {error}")
+            report.write_record(arguments.json, record)
+    return record

@@ -1,6 +1,7 @@
-"""One line of the table of decoding, and what all of them have in common."""
+"""What is measured of decoding, one row of the table after the other."""
 
 from dataclasses import dataclass
+from typing import Any
 
 # The first tokens of each call: the prefill gives one, the next compiles, the next two record and check CUDA graphs.
 UNTIMED = 4
@@ -44,3 +45,13 @@ class Row:
     graphs_while_measured: int = 0
     cudagraph_skips: int = 0
     error: str | None = None
+
+
+def read(record: dict[str, Any]) -> tuple[str, list[Row]]:
+    """What the rows of a JSON record have in common, in words, and the rows.
+
+    Raises:
+        LookupError, TypeError: it is no record of decoding.
+    """
+    conditions = "{model}, {dtype}, {device}: {new_tokens} new tokens"
+    return conditions.format(**record["settings"], **record["environment"]), [Row(**row) for row in record["rows"]]

@@ -1,14 +1,13 @@
 """Measures what speed_and_memory.py --selection asks for, and shows it."""
 
 import argparse
-import json
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.report import environment
+from benchmarks import report
 from benchmarks.speed import prefill, selection
 from benchmarks.speed.random_models import random_model
 
@@ -42,21 +41,21 @@ def measure_prefill(arguments: argparse.Namespace, device: torch.device) -> list
 
 def select(arguments: argparse.Namespace) -> None:
     """Measures the selection and prefills; prints the tables and writes what was asked for."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = arguments.device
     rates, rows = measure_selection(arguments, device)
     prefills = measure_prefill(arguments, device)
     print(f"measured: matrix products {rates[0] / 1e12:.1f} TFLOP/s, copies {rates[1] / 1e9:.0f} GB/s")
     print("\nselection, milliseconds per layer (steps: from graph replay)")
-    print("\n".join(selection.table(rows)))
+    print(selection.table(rows))
     print("\nprefill to the first token, cache building included")
     print(prefill.table(prefills))
     if arguments.json:
         settings = {name: getattr(arguments, name) for name in ("selection", "lengths", "batches", "repeats", "tiny")}
         record = {
             "settings": {**settings, "budget": arguments.budgets[0]},
-            "environment": environment(device),
+            "environment": report.environment(device),
             "rates": {"products_per_second": rates[0], "bytes_per_second": rates[1]},
             "selection": [asdict(row) for row in rows],
             "prefill": [asdict(row) for row in prefills],
         }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        report.write_record(arguments.json, record)

@@ -1,13 +1,15 @@
 """What decoding takes with full caches and with compressed ones, or what the selection costs.
 
-    python speed_and_memory.py --random-weights qwen2.5-vl-7b --json decode.json --plot decode.png
-    python speed_and_memory.py --model Qwen/Qwen2.5-VL-7B-Instruct --batches 1 --lengths 2048 8192
-    python speed_and_memory.py --selection --json examples/benchmarks/results/selection.json
+    python examples/benchmarks/speed/speed_and_memory.py --random-weights qwen2.5-vl-7b --json decoding.json
+    python examples/benchmarks/speed/speed_and_memory.py --model Qwen/Qwen2.5-VL-7B-Instruct --lengths 2048 8192
+    python examples/benchmarks/speed/speed_and_memory.py --read decoding.json --plot decoding.png
+    python examples/benchmarks/speed/speed_and_memory.py --selection --json selection.json
 
 Without `--selection` it measures the time per token and the memory of plain `model.generate` with DynamicCache,
 StaticCache and ShiftKVCache, by length of the prompt and size of the batch; decoding.py says how. Prompts are
-random text, so that any decoder will do, and no token ends them. Without a model the small Qwen2.5-VL next to this file
-decodes. The file of `--json` is written anew after each batch size.
+random text, so that any decoder will do, and no token ends them. Without a model the small Qwen2.5-VL of this
+repository decodes. The file of `--json` is written anew after each batch size. `--plot decoding.png` draws two
+pictures: the time per token into decoding_time.png, the memory that the caches hold into decoding_memory.png.
 
 With `--selection` it measures, at the shapes of Qwen2.5-VL-7B with random weights,
 
@@ -17,22 +19,19 @@ With `--selection` it measures, at the shapes of Qwen2.5-VL-7B with random weigh
 """
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 if not __package__:  # run as a script: its own folder is on the path, the folder examples is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.speed.decoding_run import decode, read
+from benchmarks import report
+from benchmarks.arguments import drop_repeats, need_packages
 from benchmarks.speed.random_models import SHAPES
-from benchmarks.speed.rows import UNTIMED
-from benchmarks.speed.selection_run import select
-from common import DTYPES, choose_device, existing_file, output_file, positive_integer
+from benchmarks.speed.rows import UNTIMED, read
+from common import DTYPES, choose_device, errors_in_one_line, output_file, picture_file, positive_integer, script_parser
 
 CACHES = ("dynamic", "static", "shiftkv")
 # By device; "selection" has its own.  A CPU decodes with the small model in a minute or two.
@@ -57,9 +56,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+def decoding_file(text: str) -> dict[str, Any]:
+    """An argparse type: what speed_and_memory.py has written of decoding as JSON, by the path of the file."""
+    return report.read_record(text, "speed_and_memory.py", read)
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The checked arguments, defaults filled in; exits with a message when they are wrong."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = script_parser(__doc__)
+    need_packages(parser, ("tabulate", "tqdm"))
     add = parser.add_argument
     add("--lengths", type=positive_integer, nargs="+", help="prompt tokens (default: 2048 to 32768; CPU: 256 to 1024)")
     add("--batches", type=positive_integer, nargs="+", help="rows decoded, or selected from, together (default: 1 8)")
@@ -77,15 +82,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     selection.add_argument("--selection", action="store_true", help="measure the selection during prefill instead")
     selection.add_argument("--tiny", action="store_true", help="small shapes and lengths, to try it on a CPU")
     arguments = parser.parse_args(argv)
-    (_check_selection if arguments.selection else _check_decoding)(parser, arguments)
-    for name in ("lengths", "batches", "budgets"):
-        setattr(arguments, name, list(dict.fromkeys(getattr(arguments, name))))
+    if not arguments.read:
+        (_check_selection if arguments.selection else _check_decoding)(parser, arguments)
+        drop_repeats(arguments, "lengths", "batches", "budgets")
+    elif arguments.json or arguments.selection:
+        parser.error(f"--{'json' if arguments.json else 'selection'} goes without --read")
     return arguments
 
 
 def _add_decoding(group: argparse._ArgumentGroup) -> None:
     source = group.add_mutually_exclusive_group()
-    source.add_argument("--model", help="hub id or local folder (default: the small Qwen2.5-VL next to this script)")
+    source.add_argument("--model", help="hub id or local folder (default: the small Qwen2.5-VL of this repository)")
     source.add_argument("--random-weights", choices=SHAPES, help="a model of these shapes, without a checkpoint")
     group.add_argument("--caches", nargs="+", choices=CACHES, help="which to measure (default: all)")
     group.add_argument(
@@ -98,12 +105,17 @@ def _add_decoding(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", type=choose_device, help="where to run (default: the GPU if there is one)")
     group.add_argument(
         "--read",
-        type=existing_file,
+        type=decoding_file,
         nargs="+",
         metavar="JSON",
         help="measure nothing; show these files of --json together",
     )
-    group.add_argument("--plot", type=output_file, help="draw time and memory into this file (.png, .svg or .pdf)")
+    group.add_argument(
+        "--plot",
+        type=picture_file,
+        metavar="PICTURE",
+        help="for NAME.png, or another ending, draw NAME_time.png and NAME_memory.png",
+    )
 
 
 def _fill_in(arguments: argparse.Namespace, defaults: dict[str, Any]) -> None:
@@ -113,13 +125,14 @@ def _fill_in(arguments: argparse.Namespace, defaults: dict[str, Any]) -> None:
 
 
 def _check_selection(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    for name in ("model", "random_weights", "caches", "new_tokens", "dtype", "attn", "device", "plot", "read"):
+    for name in ("model", "random_weights", "caches", "new_tokens", "dtype", "attn", "device", "plot"):
         if getattr(arguments, name) is not None:
             parser.error(f"--{name.replace('_', '-')} goes without --selection")
     _fill_in(arguments, DEFAULTS["selection"])
     if len(arguments.budgets) > 1:
         parser.error(f"--selection takes one budget, got {arguments.budgets}")
-    if not arguments.tiny and not torch.cuda.is_available():
+    arguments.device = choose_device("auto")
+    if not arguments.tiny and arguments.device.type != "cuda":
         parser.error("shapes of 7B models need a CUDA device; --tiny runs anywhere")
     if arguments.tiny:
         arguments.lengths, arguments.batches, arguments.budgets = [33, 64], [1], [8]
@@ -130,8 +143,6 @@ def _check_decoding(parser: argparse.ArgumentParser, arguments: argparse.Namespa
         parser.error("--tiny goes with --selection; for a small model to decode with: --random-weights tiny")
     if arguments.random_weights and arguments.dtype == "auto":
         parser.error("--dtype auto is that of a checkpoint, and --random-weights has none")
-    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error('--plot needs matplotlib: pip install "mmshiftkv[plot]"')
     arguments.device = arguments.device or choose_device("auto")
     arguments.caches, arguments.attn = arguments.caches or list(CACHES), arguments.attn or "sdpa"
     arguments.may_drop_lengths = arguments.lengths is None
@@ -143,7 +154,20 @@ def _check_decoding(parser: argparse.ArgumentParser, arguments: argparse.Namespa
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; without `argv`, that of the program."""
     arguments = parse_arguments(argv)
-    (select if arguments.selection else read if arguments.read else decode)(arguments)
+    if arguments.selection:
+        from benchmarks.speed.selection_run import select
+
+        select(arguments)
+        return
+    records = arguments.read
+    if not records:
+        from benchmarks.speed.decoding_run import decode
+
+        records = [decode(arguments)]
+    from benchmarks.speed.decoding_report import show
+
+    with errors_in_one_line():
+        show(records, arguments.plot)
 
 
 if __name__ == "__main__":
