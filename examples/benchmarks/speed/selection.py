@@ -278,8 +278,8 @@ def measure(
 
 def table(rows: Sequence[Row]) -> str:
     """One line a row: milliseconds of the whole selection, of its steps, and of what stands beside it; MiB."""
-    header = ["batch", "tokens", "eager", "graph", *STEPS, "topk", "full attention", "MiB", "extra MiB"]
-    header += ["floor: products", "bytes"]
+    header = ["batch", "tokens", "eager", "graph", *STEPS, "topk", "full attention", "its MiB", "extra MiB"]
+    header += ["floor: products", "floor: bytes"]
     cells = []
     for row in rows:
         full = "-" if row.materialized is None else f"{row.materialized:.3f}"
