@@ -147,7 +147,7 @@ class TestLaterTurns:
         shared = ShiftKVCache(case.model, budget=24)
         with torch.no_grad():
             case.model(**inputs, past_key_values=shared, use_cache=True)
-        states = [tuple(part.clone() for part in layer.states) for layer in shared.layers]
+        states = [tuple(part.clone() for part in (layer.keys, layer.values)) for layer in shared.layers]
         questions = [models.prompt_ids(1, length, seed=length) for length in (3, 9)]
         for question in questions:
             fresh = ShiftKVCache(case.model, budget=24)
@@ -195,7 +195,7 @@ class TestAssistedDecoding:
             assert cache.kept_indices(layer).equal(expected.kept_indices(layer))
 
     def test_long_prompts_are_watched_in_two_parts(self, monkeypatch):
-        monkeypatch.setattr("mmshiftkv.cache._MOST_CANDIDATES", 8)
+        monkeypatch.setattr("mmshiftkv.prefill._MOST_CANDIDATES", 8)
         model = models.text_model()
         cache, expected = ShiftKVCache(model, budget=12), ShiftKVCache(model, budget=12)
         cache.activate_past_recording()

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import models
-from mmshiftkv import ShiftKVCache, select_tokens
+from mmshiftkv import PrefillSelectionCache, ShiftKVCache, ShiftKVConfig, select_tokens
 from mmshiftkv.methods.shiftkv import ShiftKV
 from test_exactness import assert_same, generate
 from test_masked_reference import assert_decodes_like_the_masked_full_cache
@@ -103,9 +103,8 @@ def test_kernels_and_reference_agree_on_the_queries_and_keys_of_documents(dtype)
 
     for index, example in enumerate(held_out_examples(24, seed=5)):
         inputs = on_gpu(case.inputs((example.question, example.image)))
-        cache = ShiftKVCache(model, budget=64, seed=index)
-        method = type("Compared", (ShiftKV,), {"score": compared})(cache.config)
-        cache._method = method
+        config = ShiftKVConfig.for_model(model, budget=64, seed=index)
+        cache = PrefillSelectionCache(model, type("Compared", (ShiftKV,), {"score": compared})(config), config.budget)
         with torch.no_grad():
             model(**inputs, past_key_values=cache, use_cache=True)
     assert len(overlaps) == 24 * 6
@@ -122,10 +121,10 @@ def test_the_cache_never_waits_for_the_device(reserved):
             cache = ShiftKVCache(model, budget=9, max_new_tokens=reserved)
             update = cache.update
 
-            def checked(*args, update=update):
+            def checked(*args, update=update, **kwargs):
                 torch.cuda.set_sync_debug_mode("error")
                 try:
-                    return update(*args)
+                    return update(*args, **kwargs)
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
 

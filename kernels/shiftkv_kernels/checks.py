@@ -11,7 +11,8 @@ def check_shape(name: str, tensor: torch.Tensor, meaning: str, sizes: Sequence[i
     shape = tensor.shape
     if len(shape) != len(sizes) or any(size not in (None, got) for size, got in zip(sizes, shape, strict=True)):
         known = ", ".join("any" if size is None else str(size) for size in sizes)
-        raise ValueError(f"{name} has shape {tuple(shape)}, must be {meaning} = ({known})")
+        wanted = meaning if all(size is None for size in sizes) else f"{meaning} = ({known})"
+        raise ValueError(f"{name} has shape {tuple(shape)}, must be {wanted}")
 
 
 def check_dtype(name: str, tensor: torch.Tensor, *allowed: torch.dtype) -> None:

@@ -10,6 +10,7 @@ from .methods.base import Method
 from .methods.config import ShiftKVConfig
 from .methods.selection import select_tokens
 from .model.arguments import CACHE_ARGUMENT
+from .model.hooks import LayerInput
 from .registry import (
     METHODS,
     ExpectedAttentionCache,
@@ -19,6 +20,7 @@ from .registry import (
     SnapKVCache,
     StreamingLLMCache,
     make_cache,
+    register_method,
 )
 from .report import CacheReport
 
@@ -29,6 +31,7 @@ __all__ = [
     "Calibration",
     "ExpectedAttentionCache",
     "KeyDiffCache",
+    "LayerInput",
     "Method",
     "PrefillSelectionCache",
     "RandomCache",
@@ -43,6 +46,7 @@ __all__ = [
     "draw_heatmap",
     "make_cache",
     "measure_statistics",
+    "register_method",
     "select_tokens",
     "visual_token_map",
 ]

@@ -1,28 +1,22 @@
-"""The caches: a DynamicCache that selects from each layer's prompt while it is being prefilled."""
+"""What transformers calls: a DynamicCache that selects from each layer's prompt while it is being prefilled."""
 
 import warnings
-from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from shiftkv_kernels import gather, keep_best
-
-from .checks import BACKENDS, check_budget, check_choice, check_prefill, tokens_to_keep
-from .methods.base import Method
+from .checks import BACKENDS, check_budget, check_choice, check_prefill
+from .methods.base import Method, check_method
 from .model.decoder import Decoder, text_decoder
-from .model.hooks import LayerInput, PrefillHooks
-from .model.padding import PromptPadding
+from .model.hooks import PrefillHooks
+from .prefill import Prefill, PromptSettings
 from .report import CacheReport, report_of
-from .storage.growing import GrowingLayer
-from .storage.room import Room, obstacle_to_compiling
-from .storage.static import StaticLayer
-
-# While assisted decoding records, the first forward pass holds the prompt and its first candidates; of them, this many
-# last tokens stay as they are seen until the accepted ones are known.
-_MOST_CANDIDATES = 256
+from .storage.base import Pair, Storage
+from .storage.growing import GrowingLayer, GrowingStorage
+from .storage.static import StaticStorage, obstacle_to_compiling
 
 
 class PrefillSelectionCache(DynamicCache):
@@ -46,7 +40,8 @@ class PrefillSelectionCache(DynamicCache):
         backend: "auto" (Triton kernels on a GPU, plain torch elsewhere), "triton" or "torch".
 
     Raises:
-        TypeError, ValueError: `model` is not supported (the message names what is missing), or a bad budget or prefill.
+        TypeError, ValueError: `model` is not supported (the message names what is missing), `method` is none, or a bad
+            budget or prefill.
     """
 
     def __init__(
@@ -60,36 +55,46 @@ class PrefillSelectionCache(DynamicCache):
         prompt_length: int | None = None,
         backend: str = "auto",
     ) -> None:
+        check_method(method)
         check_budget(budget)
         check_prefill(max_new_tokens, prefill, prompt_length)
         check_choice("backend", backend, BACKENDS)
+        if isinstance(budget, Integral) and int(budget) < method.protected:
+            raise ValueError(
+                f"budget={budget} must be at least {method.protected}: {method} always keeps so many tokens"
+            )
         text_decoder(model)
         super().__init__(config=model.config)
         # Exactly this class: its subclasses drop or share tokens by rules of their own.
-        selected = [index for index, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
-        if not selected:
+        self._selected = [index for index, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
+        if not self._selected:
             raise ValueError(f"model: {type(model).__name__} is not supported: it has no full-attention layer")
-        self._decoder = Decoder(model, selected)
-        for index in selected:
-            self.layers[index] = GrowingLayer()
-        self._selected = selected
-        self._room: Room | None = None
-        if max_new_tokens is not None:
-            obstacle = obstacle_to_compiling(self._decoder, len(self.layers), prefill)
-            if obstacle is None:
-                self._room = Room(self._decoder, budget, max_new_tokens, backend)
-            else:
-                warnings.warn(
-                    f"max_new_tokens={max_new_tokens} reserves nothing, and decoding is not compiled: {obstacle}",
-                    stacklevel=3,
-                )
+        self._decoder = Decoder(model, self._selected)
         self._method = method
-        self._budget = budget
-        self._prefill = prefill
-        self._prompt_length = prompt_length
-        self._backend = backend
+        self._settings = PromptSettings(budget, prefill, prompt_length, backend)
         self._hooks = PrefillHooks(self._decoder)
-        self._padding: PromptPadding | None = None
+        self._own_storage = self._make_storage(max_new_tokens)
+        self._begin_conversation()
+
+    def _make_storage(self, max_new_tokens: int | None) -> Storage:
+        settings = self._settings
+        if max_new_tokens is not None:
+            obstacle = obstacle_to_compiling(self._decoder, len(self.layers), settings.prefill)
+            if obstacle is None:
+                return StaticStorage(self._decoder, settings.budget, max_new_tokens, settings.backend)
+            warnings.warn(
+                f"max_new_tokens={max_new_tokens} reserves nothing, and decoding is not compiled: {obstacle}",
+                stacklevel=4,
+            )
+        return GrowingStorage(settings.backend)
+
+    def _begin_conversation(self) -> None:
+        for index in self._selected:
+            self.layers[index] = GrowingLayer()
+        self._storage = self._own_storage
+        # None as soon as the prompt has been selected from: then every token is stored.
+        self._prefill: Prefill | None = Prefill(self._settings, self._decoder, self._hooks, self._method, self._storage)
+        self._single_pass = 0
 
     def kept_indices(self, layer: int) -> torch.Tensor | None:
         """The columns of the first prompt's input that `layer` holds.
@@ -103,8 +108,7 @@ class PrefillSelectionCache(DynamicCache):
         """
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < len(self.layers):
             raise ValueError(f"layer={layer!r} must be an int from 0 to {len(self.layers) - 1}")
-        held = self.layers[layer]
-        return held.kept_indices if isinstance(held, GrowingLayer) else None
+        return self.layers[layer].kept_indices if layer in self._selected else None
 
     def report(self) -> CacheReport:
         """Tokens seen and stored, bytes stored and saved, by layer and in all; prints as a table."""
@@ -113,43 +117,53 @@ class PrefillSelectionCache(DynamicCache):
     @property
     def is_compileable(self) -> bool:
         """Whether `generate` may compile decoding: `max_new_tokens` was given, and nothing was in the way."""
-        first = self.layers[self._selected[0]]
-        return isinstance(first, StaticLayer) or (self._room is not None and not first.record_past)
+        return self._storage.is_compileable
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """As in transformers.  It is also the first that a cache hears of a forward pass, so a prefill starts here.
+    def begin_pass(self, tokens: int) -> None:
+        """Hears of a forward pass of so many tokens before any layer runs.
 
         Raises:
             ValueError: an empty prompt, a cache whose last prefill was interrupted, or one without room for another
                 token.
         """
-        self._begin_forward(query_length)
+        self._storage.check()
+        if self._prefill is not None and self._prefill.ends_before(tokens):
+            self._end_prompt()
+        if self._prefill is not None:
+            self._prefill.begin_pass(self, tokens)
+        elif not torch.compiler.is_compiling():
+            self._warn_of_chunks(tokens)
+            self._storage.reserve(tokens)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As in transformers, which asks for it before each forward pass and says nothing else of one.
+
+        Raises:
+            ValueError: as `begin_pass`.
+        """
+        self.begin_pass(query_length)
         return super().get_mask_sizes(query_length, layer_idx)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Pair:
         """Stores what is kept of new keys and values, (B, H_kv, t, D), and returns what this pass attends to.
 
         Raises:
             ValueError: the prompt is padded elsewhere than on the left, longer than `prompt_length`, or was not seen:
                 the cache belongs to another model, or the model was given a ready-made 4-D mask.
         """
-        layer = self.layers[layer_idx]
-        if not isinstance(layer, GrowingLayer) or not layer.in_prompt:
-            if self._room is not None and not torch.compiler.is_compiling():
-                self._room.arrive(layer_idx, key_states.shape[-2])
+        if self._prefill is None or layer_idx not in self._selected:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        inputs = self._hooks.take(layer_idx)
-        if inputs is None:
-            self._hooks.detach()
-            raise ValueError(
-                f"model: layer {layer_idx} was not seen while it got its prompt.  Either the cache was built for "
-                "another model than the one that is run (build it for this one), or the model was given a 4-D "
-                "attention_mask (give it the 2-D one)"
-            )
         with torch.no_grad():
-            return self._store_prompt(layer_idx, layer, inputs, key_states.detach(), value_states.detach())
+            self.layers[layer_idx], attended = self._prefill.update(
+                layer_idx, self.layers[layer_idx], key_states.detach(), value_states.detach()
+            )
+        if self._prefill.is_over:
+            if self._settings.prefill == "single" and self.layers[layer_idx].dropped:
+                self._single_pass = self._prefill.seen
+            self._prefill = None
+        return attended
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens; `tokens_to_remove` is their number, negative.
@@ -160,157 +174,58 @@ class PrefillSelectionCache(DynamicCache):
         tokens_to_remove = int(tokens_to_remove)  # assisted decoding may pass a tensor
         for index in self._selected:
             self.layers[index].check_crop(tokens_to_remove)
-        pending = self.layers[self._selected[0]].pending
-        if pending:
-            self._take_back(-tokens_to_remove)
-        first = self.layers[self._selected[0]]
-        if isinstance(first, StaticLayer) and tokens_to_remove and first.stored == -tokens_to_remove:
+        if self._prefill is not None and self._prefill.has_begun:
+            self._prefill.take_back(-tokens_to_remove)
+        if tokens_to_remove and self.layers[self._selected[0]].stored == -tokens_to_remove:
             self.reset()
             return
         super().crop(tokens_to_remove)
-        self._end_pending_prompt()
+        self._end_prompt()
+
+    def activate_past_recording(self) -> None:
+        """The last tokens of the next passes may be taken back: a prompt ends with the first `crop`, not before."""
+        super().activate_past_recording()
+        if self._prefill is not None:
+            self._storage = GrowingStorage(self._settings.backend)
+            self._prefill.expect_candidates(self._storage)
 
     def reset(self) -> None:
         """Empties the cache for another prompt."""
         self._hooks.detach()
-        self._padding = None
-        if self._room is not None:
-            self._room.move_out()
-        for index, fresh in enumerate(self._decoder.fresh_layers()):
-            # transformers before 5.18 fills sliding layers with zeros, which the next prompt would attend to.
-            self.layers[index] = GrowingLayer() if index in self._selected else fresh
+        self._own_storage.release()
+        # transformers before 5.18 fills sliding layers with zeros, which the next prompt would attend to.
+        self.layers[:] = self._decoder.fresh_layers()
+        self._begin_conversation()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Takes the batch rows `beam_idx`, in that order."""
-        self._end_pending_prompt()
+        self._end_prompt()
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each batch row `repeats` times."""
-        self._end_pending_prompt()
+        self._end_prompt()
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Takes the batch rows `indices`: numbers or a boolean mask."""
-        self._end_pending_prompt()
+        self._end_prompt()
         super().batch_select_indices(indices)
 
-    def _begin_forward(self, query_length: int) -> None:
-        first = self.layers[self._selected[0]]
-        if self._room is not None:
-            self._room.check()
-        if not first.in_prompt:
-            if any(self.layers[index].in_prompt for index in self._selected):
-                raise ValueError("the cache holds part of a prompt whose prefill was interrupted; call reset()")
-            if self._room is not None and not torch.compiler.is_compiling():
-                self._room.announce(query_length)
-            if not isinstance(first, StaticLayer) and first.dropped and first.cumulative_length == query_length > 1:
-                # Chunks cannot be told from turns for certain, but turns are rarely as long as the prompt to the token.
-                warnings.warn(
-                    f"a second pass of {query_length} tokens right after a prompt of as many: if they are chunks of "
-                    'one prompt, build the cache with prefill="chunked", or only the first is compressed',
-                    stacklevel=2,
-                )
-            return
-        # A prompt whose length was announced ends by itself, in `_collect`.
-        may_go_on = self._prompt_length is not None or query_length > 1
-        if first.pending and not (self._prefill == "chunked" and may_go_on):
-            self._end_pending_prompt()
-            return
-        if query_length == 0:
-            raise ValueError("input_ids: the prompt is empty; at least one token is needed")
-        self._check_chunk(first.cumulative_length + query_length)
-        self._padding = None
-        self._hooks.attach(self)
-
-    def _check_chunk(self, tokens: int) -> None:
-        if self._prompt_length is not None and tokens > self._prompt_length:
-            raise ValueError(f"prompt_length={self._prompt_length}, but the prompt has at least {tokens} columns")
-        chunk = self._decoder.prefill_chunk_size
-        if self._prefill == "single" and chunk is not None:
-            raise ValueError(
-                f'prefill="single", but the model\'s generation_config sets prefill_chunk_size={chunk}: '
-                'build the cache with prefill="chunked"'
-            )
-
-    def _store_prompt(
-        self, index: int, layer: GrowingLayer, inputs: LayerInput, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        seen = layer.cumulative_length + keys.shape[-2]
-        if self._padding is None:
-            self._padding = PromptPadding(inputs.mask, keys.shape[0], seen, keys.device)
-        if self._prefill == "chunked" or layer.record_past:
-            valid = self._padding.unchecked(keys.device)
-            recent = None if valid is None else valid[:, -keys.shape[-2] :]
-            return self._collect(index, layer, replace(inputs, valid=recent), keys, values)
-        inputs = replace(inputs, valid=self._padding.valid(keys.device))
-        if tokens_to_keep(self._budget, seen) < seen:
-            self._select(index, layer, self._observe(index, inputs, None), keys, values)
-        elif self._room is not None:
-            self.layers[index] = self._room.move_in(index, None, keys, values)
-        else:
-            keys, values = layer.update(keys, values)
-            layer.keep_all()
-        return keys, values
-
-    def _collect(
-        self, index: int, layer: GrowingLayer, inputs: LayerInput, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores a piece of a prompt that may have more to come, or whose last tokens may be taken back."""
-        if layer.tail is not None:
-            layer.summary = self._observe(index, layer.tail, layer.summary)
-        tokens = keys.shape[-2]
-        sure = max(tokens - _MOST_CANDIDATES, 0) if layer.record_past else tokens
-        if sure:
-            layer.summary = self._observe(index, inputs.tokens(0, sure), layer.summary)
-        layer.tail = inputs.tokens(sure, tokens).copied() if sure < tokens else None
-        stored = layer.collect(keys, values)
-        if layer.cumulative_length == self._prompt_length and not layer.record_past:
-            self._end_prompt(index, layer)
-        return stored
-
-    def _observe(self, index: int, inputs: LayerInput, earlier: Any) -> Any:
-        return self._method.observe(self._decoder.attention[index], inputs, earlier)
-
-    def _take_back(self, tokens: int) -> None:
-        """Forgets the last tokens of a prompt that is being collected."""
-        layers = [self.layers[index] for index in self._selected]
-        known = 0 if layers[0].tail is None else layers[0].tail.hidden_states.shape[1]
-        if tokens and tokens >= known:
-            raise ValueError(
-                f"tokens_to_remove={-tokens}: the prompt is not selected from yet, and only {max(known - 1, 0)} of its "
-                "last tokens can be removed"
-            )
-        for layer in layers:
-            if layer.tail is not None:
-                layer.tail = layer.tail.tokens(0, known - tokens)
-        if self._padding is not None:
-            self._padding.take_back(tokens)
-
-    def _end_pending_prompt(self) -> None:
-        """Selects from a prompt that is complete but was still being collected."""
-        for index in self._selected:
-            if self.layers[index].pending:
-                self._end_prompt(index, self.layers[index])
-
     @torch.no_grad()
-    def _end_prompt(self, index: int, layer: GrowingLayer) -> None:
-        assert self._padding is not None
-        self._padding.valid(layer.device)
-        if tokens_to_keep(self._budget, layer.cumulative_length) == layer.cumulative_length:
-            layer.keep_all()
-            return
-        summary = layer.summary if layer.tail is None else self._observe(index, layer.tail, layer.summary)
-        self._select(index, layer, summary, *layer.states)
+    def _end_prompt(self) -> None:
+        """Selects from a prompt that is complete but was still being collected."""
+        if self._prefill is not None and self._prefill.has_begun:
+            for index in self._selected:
+                self.layers[index] = self._prefill.finish(index, self.layers[index])
+            self._prefill = None
 
-    def _select(self, index: int, layer: GrowingLayer, summary: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
-        assert self._padding is not None
-        seen = keys.shape[-2]
-        count = tokens_to_keep(self._budget, seen)
-        valid = self._padding.valid(keys.device)
-        scores = self._method.score(self._decoder.attention[index], summary, keys, values, valid)
-        kept = keep_best(scores, count, valid, backend=self._backend)
-        if self._room is not None and not layer.record_past:
-            self.layers[index] = self._room.move_in(index, kept, keys, values)
-        else:
-            layer.keep_selection(kept, *gather(keys, values, kept, backend=self._backend), seen)
+    def _warn_of_chunks(self, tokens: int) -> None:
+        # Chunks cannot be told from turns for certain, but turns are rarely as long as the prompt to the token.
+        if self._single_pass == tokens > 1:
+            warnings.warn(
+                f"a second pass of {tokens} tokens right after a prompt of as many: if they are chunks of one prompt, "
+                'build the cache with prefill="chunked", or only the first is compressed',
+                stacklevel=4,
+            )
+        self._single_pass = 0

@@ -12,14 +12,14 @@ methods:
   sinks and the last of the window.
 """
 
-from dataclasses import fields
-from numbers import Integral
-from typing import Any
+from dataclasses import fields, is_dataclass
+from typing import Any, ClassVar
 
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from .cache import PrefillSelectionCache
 from .checks import check_choice
+from .methods.base import Method
 from .methods.config import ShiftKVConfig
 from .methods.expected_attention import ExpectedAttention
 from .methods.keydiff import KeyDiff
@@ -35,7 +35,7 @@ class ShiftKVCache(PrefillSelectionCache):
 
     `ShiftKVCache(model, budget=64)` takes the published settings of the model's family
     (`ShiftKVConfig.for_model`) with the given ones on top; `ShiftKVCache(model, config)` takes a config as it is.  Pass
-    it as `past_key_values` to `model.generate`.
+    it to `model.generate` as `cache`, which transformers before 5.24 calls `past_key_values`.
 
     Args:
         model: the model that the cache will be used with.
@@ -68,10 +68,18 @@ class ShiftKVCache(PrefillSelectionCache):
         config.check_layers(len(self._decoder.blocks))
 
 
-class _BaselineCache(PrefillSelectionCache):
-    """What the caches of the baselines have in common: a method whose settings are keywords."""
+class MethodCache(PrefillSelectionCache):
+    """A cache with one of the methods whose settings are its fields: `SnapKVCache(model, budget=64, window=32)`.
 
-    _method_type: Any
+    Args:
+        model, budget, max_new_tokens, prefill, prompt_length, backend: as for `PrefillSelectionCache`.
+        settings: fields of the method.
+
+    Raises:
+        TypeError, ValueError: as `PrefillSelectionCache`, or a setting that the method does not have.
+    """
+
+    method_type: ClassVar[type[Method]]
 
     def __init__(
         self,
@@ -84,88 +92,75 @@ class _BaselineCache(PrefillSelectionCache):
         backend: str = "auto",
         **settings: Any,
     ) -> None:
-        allowed = [field.name for field in fields(self._method_type)]
+        allowed = settings_of(self.method_type)
         unknown = sorted(set(settings) - set(allowed))
         if unknown:
             raise TypeError(
-                f"unknown setting {', '.join(unknown)}; {self._method_type.__name__} has {', '.join(allowed) or 'none'}"
+                f"unknown setting {', '.join(unknown)}; {self.method_type.__name__} has {', '.join(allowed) or 'none'}"
             )
-        method = self._method_type(**settings)
         super().__init__(
             model,
-            method,
+            self.method_type(**settings),
             budget,
             max_new_tokens=max_new_tokens,
             prefill=prefill,
             prompt_length=prompt_length,
             backend=backend,
         )
-        if isinstance(budget, Integral) and int(budget) < method.protected:
-            raise ValueError(
-                f"budget={budget} must be at least {method.protected}: {method} always keeps so many tokens"
-            )
 
 
-class StreamingLLMCache(_BaselineCache):
-    """Keeps attention sinks and recent tokens: `StreamingLLMCache(model, budget=64, sinks=4)`.
+def settings_of(method_type: type[Method]) -> list[str]:
+    """The names of a method's settings: its fields, if it is a dataclass."""
+    return [field.name for field in fields(method_type)] if is_dataclass(method_type) else []
 
-    Settings are the fields of `baselines.StreamingLLM`, everything else is as in `PrefillSelectionCache`.
+
+# In the order in which scripts name them.
+CACHES: dict[str, type[PrefillSelectionCache]] = {"shiftkv": ShiftKVCache}
+
+
+def register_method(name: str, method_type: type[Method]) -> type[MethodCache]:
+    """Makes a method known to `make_cache` by its name.
+
+    Returns:
+        Its cache: `register_method("snapkv", SnapKV)` is `SnapKVCache`.
+
+    Raises:
+        TypeError: `method_type` is no class that inherits from `Method`.
+        ValueError: the name is taken.
     """
-
-    _method_type = StreamingLLM
-
-
-class SnapKVCache(_BaselineCache):
-    """Keeps what the prompt's last queries attend to: `SnapKVCache(model, budget=64, window=32, kernel_size=5)`.
-
-    Settings are the fields of `baselines.SnapKV`, everything else is as in `PrefillSelectionCache`.
-    """
-
-    _method_type = SnapKV
-
-
-class KeyDiffCache(_BaselineCache):
-    """Keeps the keys least like the mean key: `KeyDiffCache(model, budget=64)`; see `baselines.KeyDiff`.
-
-    Everything else is as in `PrefillSelectionCache`.
-    """
-
-    _method_type = KeyDiff
+    if not (isinstance(method_type, type) and issubclass(method_type, Method)):
+        raise TypeError(f"method_type={method_type!r} must be a class that inherits from mmshiftkv.Method")
+    if name in ("full", *CACHES):
+        raise ValueError(f"name={name!r} is taken")
+    settings = ", ".join(settings_of(method_type)) or "none"
+    cache = type(
+        f"{method_type.__name__}Cache",
+        (MethodCache,),
+        {
+            "__doc__": f"A cache with the method {method_type.__name__}; its settings: {settings}.",
+            "__module__": __name__,
+            "method_type": method_type,
+        },
+    )
+    CACHES[name] = cache
+    return cache
 
 
-class ExpectedAttentionCache(_BaselineCache):
-    """Keeps what likely future queries attend to: `ExpectedAttentionCache(model, budget=64, sinks=4)`.
+RandomCache = register_method("random", Random)
+StreamingLLMCache = register_method("streaming_llm", StreamingLLM)
+ExpectedAttentionCache = register_method("expected_attention", ExpectedAttention)
+SnapKVCache = register_method("snapkv", SnapKV)
+KeyDiffCache = register_method("keydiff", KeyDiff)
 
-    Settings are the fields of `baselines.ExpectedAttention`, everything else is as in `PrefillSelectionCache`.
-    """
-
-    _method_type = ExpectedAttention
-
-
-class RandomCache(_BaselineCache):
-    """Keeps random tokens: `RandomCache(model, budget=64, seed=0)`; see `baselines.Random`.
-
-    Everything else is as in `PrefillSelectionCache`.
-    """
-
-    _method_type = Random
-
-
-BASELINES: dict[str, type[_BaselineCache]] = {
-    "random": RandomCache,
-    "streaming_llm": StreamingLLMCache,
-    "expected_attention": ExpectedAttentionCache,
-    "snapkv": SnapKVCache,
-    "keydiff": KeyDiffCache,
-}
-METHODS = ("full", "shiftkv", *BASELINES)
+METHODS = ("full", *CACHES)
 
 
 def make_cache(name: str, model: PreTrainedModel, budget: int | float | None = None, **settings: Any) -> Cache:
     """A new cache by the name of its method, for scripts.
 
     Args:
-        name: one of `METHODS`; "full" is `DynamicCache`, which takes no settings and looks at no budget.
+        name: one of `METHODS`, or one registered since; "full" is `DynamicCache`, which takes no settings and looks at
+            no budget.
         model: the model that the cache will be used with.
         budget: tokens kept per KV head and layer (int), or a share of the prompt (float).
         settings: what the method's cache takes besides.
@@ -174,13 +169,12 @@ def make_cache(name: str, model: PreTrainedModel, budget: int | float | None = N
         TypeError, ValueError: an unknown method (the message lists those there are) or setting, no budget, or a value
             that the cache refuses.
     """
-    check_choice("method", name, METHODS)
+    check_choice("method", name, ("full", *CACHES))
     if name == "full":
         if settings:
             raise TypeError(f"unknown setting {', '.join(settings)}; the full cache has none")
         return DynamicCache(config=model.config)
     if budget is None:
         raise TypeError("budget is missing: an int (tokens per KV head) or a float in (0, 1] (share of the prompt)")
-    if name == "shiftkv":
-        return ShiftKVCache(model, budget=budget, **settings)
-    return BASELINES[name](model, budget, **settings)
+    cache: Any = CACHES[name]
+    return cache(model, budget=budget, **settings)

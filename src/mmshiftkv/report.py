@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .storage.growing import GrowingLayer
+from .storage.base import SelectedLayer
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class LayerReport:
         tokens_stored: tokens it holds, per row and KV head.
         bytes_stored: bytes allocated, slots not yet filled included.
         bytes_full: bytes that the same layer of a DynamicCache would hold.
+        bytes_reserved: bytes of slots that are not filled yet: `max_new_tokens` reserves them, growing leaves some.
     """
 
     index: int
@@ -28,6 +29,7 @@ class LayerReport:
     tokens_stored: int
     bytes_stored: int
     bytes_full: int
+    bytes_reserved: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class CacheReport:
         return sum(layer.bytes_full for layer in self.layers)
 
     @property
+    def bytes_reserved(self) -> int:
+        """Bytes of slots that are not filled yet, in all layers."""
+        return sum(layer.bytes_reserved for layer in self.layers)
+
+    @property
     def bytes_saved(self) -> int:
         """bytes_full - bytes_stored; negative where reserved slots outweigh the dropped tokens."""
         return self.bytes_full - self.bytes_stored
@@ -74,6 +81,8 @@ class CacheReport:
         ]
         if not all(layer.selected for layer in self.layers):
             lines.append("* not compressed")
+        if self.bytes_reserved:
+            lines.append(f"{format_bytes(self.bytes_reserved)} of these bytes are slots for tokens to come")
         return "\n".join(lines)
 
 
@@ -93,9 +102,10 @@ def report_of(layers: Sequence[Any]) -> CacheReport:
 
 
 def _layer_report(index: int, layer: Any) -> LayerReport:
-    if isinstance(layer, GrowingLayer):
-        full = layer.bytes_per_token * layer.seen
-        return LayerReport(index, True, layer.seen, layer.stored, layer.allocated_bytes, full)
+    if isinstance(layer, SelectedLayer):
+        seen, stored, token = layer.seen, layer.stored, layer.bytes_per_token
+        allocated = layer.allocated_bytes
+        return LayerReport(index, True, seen, stored, allocated, token * seen, allocated - token * stored)
     held = sum(part.nbytes for part in _tensors(vars(layer).values()))
     keys = getattr(layer, "keys", None)
     if keys is None:

@@ -14,7 +14,7 @@ CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
 
 @dataclass(frozen=True)
-class Recorder:
+class Recorder(Method):
     """Scores tokens by their number, and keeps what it was asked."""
 
     observed: list
@@ -67,7 +67,7 @@ def test_a_prompt_that_fits_is_not_scored():
 def test_the_method_of_the_contributor_notes():
     (snippet,) = re.findall(r"```python\n(.*?)```", CONTRIBUTING.read_text(encoding="utf-8"), re.S)
     model = models.text_model()
-    names = {"model": model, "dataclass": dataclass, "PrefillSelectionCache": PrefillSelectionCache}
+    names = {"model": model}
     exec(compile(snippet, "CONTRIBUTING.md", "exec"), names)
     method: Method = names["LongestValues"]()
     cache = PrefillSelectionCache(model, method, budget=4)

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import mmshiftkv
 import models
-from mmshiftkv import METHODS, PrefillSelectionCache, SnapKVCache, make_cache
+from mmshiftkv import METHODS, Method, PrefillSelectionCache, SnapKVCache, make_cache
 from mmshiftkv.methods.expected_attention import ExpectedAttention
 from mmshiftkv.methods.keydiff import KeyDiff
 from mmshiftkv.methods.random_tokens import Random
@@ -17,7 +17,7 @@ from mmshiftkv.methods.snapkv import SnapKV
 from mmshiftkv.methods.streaming_llm import StreamingLLM
 from mmshiftkv.model.decoder import Decoder
 from mmshiftkv.model.hooks import LayerInput
-from mmshiftkv.registry import BASELINES
+from mmshiftkv.registry import CACHES
 from test_exactness import assert_same, generate
 
 BUDGET = 12
@@ -25,8 +25,11 @@ SETTINGS = {"snapkv": {"window": 5}}
 LENGTHS = [40, 23, 13, 4]
 
 
+PEERS = {name: cache for name, cache in CACHES.items() if name != "shiftkv"}
+
+
 @dataclass(frozen=True)
-class Watched:
+class Watched(Method):
     """A method, and what it was asked and answered."""
 
     method: object
@@ -70,7 +73,7 @@ def test_scores_are_finite_and_not_negative(method, kv_heads, dtype):
             assert (scores >= 0).all()
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", PEERS)
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 def test_a_row_keeps_the_same_tokens_as_alone(method, model_type):
     model, inputs = models.text_model(model_type), models.left_padded(LENGTHS)
@@ -85,7 +88,7 @@ def test_a_row_keeps_the_same_tokens_as_alone(method, model_type):
             assert (kept[kept >= padding].view(len(kept), -1) - padding).equal(alone.kept_indices(layer)[0])
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", PEERS)
 @pytest.mark.parametrize("chunk", [3, 15, 39])
 def test_chunks_keep_what_a_single_pass_keeps(method, chunk):
     model, inputs = models.text_model("qwen2"), models.left_padded(LENGTHS)
@@ -96,7 +99,7 @@ def test_chunks_keep_what_a_single_pass_keeps(method, chunk):
         assert cache.kept_indices(layer).equal(single.kept_indices(layer))
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", PEERS)
 def test_assisted_decoding_selects_from_the_prompt_and_the_tokens_accepted_with_it(method):
     model, inputs = models.text_model("llama"), models.left_padded([40])
     cache = baseline(method, model)
@@ -116,7 +119,7 @@ def test_a_covering_budget_changes_nothing(vision_case, method):
     assert_same(generate(case.model, inputs, make_cache(method, case.model, 1.0)), expected)
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", PEERS)
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "vicuna"])
 def test_image_prompts_are_compressed(vision_case, method, family):
     case = vision_case(family)
@@ -279,7 +282,7 @@ def test_random_is_the_same_from_the_end_of_long_prompts():
     assert long.mean().item() == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", PEERS)
 def test_caches_can_be_copied_and_reused(method):
     model, inputs = models.text_model(), models.left_padded([40, 30])
     cache = baseline(method, model, max_new_tokens=4)
@@ -294,9 +297,9 @@ def test_caches_can_be_copied_and_reused(method):
 
 def test_there_is_one_registry():
     model = models.text_model()
-    assert ("full", "shiftkv", *BASELINES) == METHODS
-    assert set(BASELINES) == {"random", "streaming_llm", "expected_attention", "snapkv", "keydiff"}
-    for method, cache in BASELINES.items():
+    assert ("full", *CACHES) == ("full", "shiftkv", *PEERS) == METHODS
+    assert set(PEERS) == {"random", "streaming_llm", "expected_attention", "snapkv", "keydiff"}
+    for method, cache in PEERS.items():
         assert type(make_cache(method, model, 64)) is cache
         assert getattr(mmshiftkv, cache.__name__) is cache
     assert type(make_cache("full", model)) is DynamicCache
@@ -345,7 +348,7 @@ def test_a_cache_is_made_by_keywords():
 
 @pytest.mark.gpu
 @models.requires_gpu
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", PEERS)
 @pytest.mark.parametrize("prefill_mode", ["single", "chunked"])
 def test_a_baseline_never_waits_for_the_device(method, prefill_mode):
     model = models.text_model("qwen2").to("cuda", torch.bfloat16)

@@ -113,7 +113,7 @@ class _Loop:
         self._has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         self._scores: list[torch.Tensor] = []
         self._logits: list[torch.Tensor] = []
-        self._ends: list[_Arrival] = []
+        self._ends: list[_StepEnd] = []
 
     @property
     def is_full(self) -> bool:
@@ -137,7 +137,7 @@ class _Loop:
             tokens = tokens * self._running + config._pad_token_tensor.to(tokens.device) * (1 - self._running)
         self.ids = torch.cat([self.ids, tokens[:, None]], dim=-1)
         self._running = self._running & ~self._criteria(self.ids, scores)
-        self._ends.append(_Arrival(self._running.max() == 0, tokens))
+        self._ends.append(_StepEnd(self._running.max() == 0, tokens))
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -191,7 +191,7 @@ class _Step:
         yield self._inputs
         while not loop.is_full:
             try:
-                slots, _ = self._cache.get_mask_sizes(1, 0)  # tells the cache of the step
+                self._cache.begin_pass(1)
             except ValueError:
                 if loop.has_ended():
                     return
@@ -199,6 +199,7 @@ class _Step:
             self._inputs["input_ids"].copy_(loop.tokens)
             if "position_ids" in self._inputs:
                 self._inputs["position_ids"].add_(1)
+            slots = self._cache.layers[0].slots
             mask = self._inputs["attention_mask"]
             if isinstance(mask, dict):
                 self._inputs["attention_mask"] = {kind: self._next_mask(part, slots) for kind, part in mask.items()}
@@ -215,8 +216,11 @@ class _Step:
         return mask.index_fill_(-1, self._cache.layers[0].filled.view(1), shown)
 
 
-class _Arrival:
-    """A number on its way from the device, with the tokens for a streamer."""
+class _StepEnd:
+    """Whether a step was the last one, and its tokens for a streamer.
+
+    On a GPU the answer is copied to the host while the next step runs; to read it waits for the copy.
+    """
 
     def __init__(self, has_ended: torch.Tensor, tokens: torch.Tensor) -> None:
         self._has_ended = has_ended
@@ -229,7 +233,7 @@ class _Arrival:
             self._event.record(torch.cuda.current_stream(has_ended.device))
 
     def has_ended(self) -> bool:
-        """Waits for it."""
+        """Whether it was the last step."""
         if self._event is not None:
             self._event.synchronize()
         return bool(self._has_ended)

@@ -7,7 +7,7 @@ import torch
 
 from ..checks import check_budget, check_choice
 from ..model.arguments import CACHE_ARGUMENT
-from ..registry import METHODS, make_cache
+from ..registry import CACHES, make_cache
 from .lmms_eval import missing
 
 try:
@@ -61,7 +61,7 @@ class CompressedCacheModel(lmms):
     """
 
     def __init__(self, method: str = "shiftkv", budget: int | float | None = None, **arguments: Any) -> None:
-        check_choice("method", method, METHODS)
+        check_choice("method", method, ("full", *CACHES))
         if method != "full":
             check_budget(budget)
         if not arguments.get("use_cache", True):

@@ -1,6 +1,7 @@
-"""The protocol of a method: from what a layer saw of a prompt to a score for each of its tokens."""
+"""What a method is: from what a layer saw of a prompt to a score for each of its tokens."""
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 
@@ -8,16 +9,27 @@ from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
 
 
-class Method(Protocol):
-    """What a selecting cache asks of a method.
+class Method(ABC):
+    """A way to score the tokens of a prompt.
 
     A prompt is shown to `observe` in one piece or, when it is prefilled in chunks, in several; `score` then gets what
-    the last call returned.  A method keeps nothing of a prompt in itself, so that one serves all layers and prompts.
+    the last call returned.  A method keeps nothing of a prompt in itself, so that one object serves all layers, prompts
+    and copies of a cache.
     """
 
+    @property
+    def protected(self) -> int:
+        """How many tokens are kept whatever their scores are; by default 1, the last token, which every cache keeps.
+
+        A method that scores some tokens above all others returns their number here, and caches refuse a smaller budget.
+        """
+        return 1
+
+    @abstractmethod
     def observe(self, layer: AttentionLayer, inputs: LayerInput, earlier: Any) -> Any:
         """What `score` will need of these tokens and of the earlier ones (`earlier` is None at first)."""
 
+    @abstractmethod
     def score(
         self, layer: AttentionLayer, summary: Any, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None
     ) -> torch.Tensor:
@@ -29,3 +41,68 @@ class Method(Protocol):
             keys, values: (B, H_kv, T, D), keys rotated.
             valid: (B, T) bool, False for padding; None when there is none.
         """
+
+    def refit(
+        self,
+        layer: AttentionLayer,
+        summary: Any,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        kept: torch.Tensor,
+        valid: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """New values (B, H_kv, C, D) for the kept tokens, of the dtype of `values`; None, the default, leaves them.
+
+        Args:
+            layer, summary, keys, values, valid: as for `score`.
+            kept: (B, H_kv, C) int64, the columns that are kept, ascending.
+        """
+        return None
+
+
+def check_method(method: Any) -> None:
+    """Raises TypeError unless `method` is a `Method`."""
+    if isinstance(method, type) and issubclass(method, Method):
+        raise TypeError(f"method={method.__name__} is a class; give an object of it: {method.__name__}(...)")
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"method={method!r} must be an object of a class that inherits from mmshiftkv.Method and has its methods "
+            "observe and score"
+        )
+
+
+def checked_scores(method: Method, scores: Any, keys: torch.Tensor) -> torch.Tensor:
+    """The scores that `method` gave for keys (B, H_kv, T, D).
+
+    Raises:
+        TypeError, ValueError: they are no float32 tensor (B, H_kv, T) on the device of the keys.
+    """
+    name = f"{type(method).__name__}.score"
+    if not isinstance(scores, torch.Tensor):
+        raise TypeError(f"{name} returned a {type(scores).__name__}, must return a tensor")
+    if scores.shape != keys.shape[:3] or scores.dtype != torch.float32 or scores.device != keys.device:
+        raise ValueError(
+            f"{name} returned {scores.dtype} {tuple(scores.shape)} on {scores.device}, must return torch.float32 "
+            f"(B, H_kv, T) = {tuple(keys.shape[:3])} on {keys.device}"
+        )
+    return scores
+
+
+def checked_values(method: Method, refitted: Any, values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor | None:
+    """The values that `method` refitted to the kept columns (B, H_kv, C) of values (B, H_kv, T, D), if it did.
+
+    Raises:
+        TypeError, ValueError: they are no tensor (B, H_kv, C, D) of the dtype and on the device of the values.
+    """
+    if refitted is None:
+        return None
+    name = f"{type(method).__name__}.refit"
+    if not isinstance(refitted, torch.Tensor):
+        raise TypeError(f"{name} returned a {type(refitted).__name__}, must return a tensor or None")
+    shape = (*kept.shape, values.shape[3])
+    if refitted.shape != shape or refitted.dtype != values.dtype or refitted.device != values.device:
+        raise ValueError(
+            f"{name} returned {refitted.dtype} {tuple(refitted.shape)} on {refitted.device}, must return "
+            f"{values.dtype} (B, H_kv, C, D) = {tuple(shape)} on {values.device}"
+        )
+    return refitted

@@ -8,6 +8,7 @@ import torch
 from ..checks import check_integer, check_real
 from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
+from .base import Method
 from .columns import first_tokens
 
 _TOKENS_AT_ONCE = 2048  # bounds the float32 copy of the queries
@@ -34,7 +35,7 @@ class QueryStatistics:
 
 
 @dataclass(frozen=True)
-class ExpectedAttention:
+class ExpectedAttention(Method):
     """Expected Attention (Devoto et al., 2025, https://arxiv.org/abs/2510.00636): the attention of likely queries.
 
     Future queries are taken for Gaussian, with mean and covariance of the prompt's queries before rotation, rotated to

@@ -7,20 +7,16 @@ from torch.nn import functional as F
 
 from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
+from .base import Method
 
 
 @dataclass(frozen=True)
-class KeyDiff:
+class KeyDiff(Method):
     """KeyDiff (Park et al., NeurIPS 2025, https://arxiv.org/abs/2504.15364): the keys least like the mean key.
 
     The mean is that of the keys' directions.  The prompt is looked at once and as a whole, as in kvpress; the paper
     does so block by block while it evicts.
     """
-
-    @property
-    def protected(self) -> int:
-        """How many tokens are always kept: the last."""
-        return 1
 
     def observe(self, layer: AttentionLayer, inputs: LayerInput, earlier: None) -> None:
         """Nothing: the keys say it all."""

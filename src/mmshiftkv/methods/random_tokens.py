@@ -7,12 +7,13 @@ import torch
 from ..checks import check_integer
 from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
+from .base import Method
 
 _BLOCK = 4096
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Method):
     """Keeps random tokens: what any method must beat.
 
     Each layer has its own generator, and torch's global random state is neither read nor changed.  The number of a
@@ -29,11 +30,6 @@ class Random:
 
     def __post_init__(self) -> None:
         check_integer("seed", self.seed, minimum=0, maximum=2**32 - 1)
-
-    @property
-    def protected(self) -> int:
-        """How many tokens are always kept: the last."""
-        return 1
 
     def observe(self, layer: AttentionLayer, inputs: LayerInput, earlier: None) -> None:
         """Nothing."""

@@ -8,8 +8,8 @@ from shiftkv_kernels import draw_samples, group_mass, token_statistics, vote
 
 from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
+from .base import Method
 from .config import ShiftKVConfig
-from .proxies import future_queries
 
 LAST_TOKEN_PROXIES = 16
 
@@ -24,7 +24,7 @@ class PromptSummary:
 
 
 @dataclass(frozen=True)
-class ShiftKV:
+class ShiftKV(Method):
     """MM-ShiftKV (Findings of ACL 2026): votes by the attention of variance-expanded query proxies.
 
     Attributes:
@@ -83,8 +83,17 @@ class ShiftKV:
         else:
             num_groups, stride = config.num_groups, config.future_stride or config.num_groups
             hidden_states = self._samples(layer.index, summary, valid)
-        proxies, last_query = future_queries(
-            layer, hidden_states, last, num_groups=num_groups, stride=stride, backend=config.backend
+        # One projection makes the proxies and the last token's own query.
+        queries = layer.project_queries(torch.cat([hidden_states, last.hidden_states], dim=1))
+        count = hidden_states.shape[1] // num_groups
+        proxies, last_query = layer.rotate_ahead(
+            queries[:, :, :-1],
+            queries[:, :, -1:],
+            last.cos,
+            last.sin,
+            count=count,
+            stride=stride,
+            backend=config.backend,
         )
         return proxies, last_query, num_groups
 

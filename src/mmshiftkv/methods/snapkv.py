@@ -8,13 +8,14 @@ from torch.nn import functional as F
 from ..checks import check_integer
 from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
+from .base import Method
 from .columns import columns_of
 
 _QUERIES_AT_ONCE = 16  # bounds the logits, (B, H, so many, T) float32
 
 
 @dataclass(frozen=True)
-class SnapKV:
+class SnapKV(Method):
     """SnapKV (Li et al., NeurIPS 2024, https://arxiv.org/abs/2404.14469): what the prompt's last queries attend to.
 
     The attention of the last `window` queries, causal among themselves, to the tokens before the window is averaged

@@ -7,11 +7,12 @@ import torch
 from ..checks import check_integer
 from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
+from .base import Method
 from .columns import columns_of, first_tokens
 
 
 @dataclass(frozen=True)
-class StreamingLLM:
+class StreamingLLM(Method):
     """StreamingLLM (Xiao et al., ICLR 2024, https://arxiv.org/abs/2309.17453): attention sinks and recent tokens.
 
     The keys keep their original rotary phase, as in kvpress; the paper moves them to their places in the cache.

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-_Pair = tuple[torch.Tensor, torch.Tensor]
+from .base import Pair
 
-# For each model the buffers of the youngest cache that is gone, and when it was made.  The next cache takes them over,
-# so that the graphs which were recorded with them stay good; otherwise each new cache would have them recorded again.
-# A cache that was traced goes only when garbage is collected, long after younger ones: its buffers are of no use then.
-_unused: "weakref.WeakKeyDictionary[nn.Module, tuple[int, dict[Hashable, _Pair]]]" = weakref.WeakKeyDictionary()
+# By model: the buffers that no cache uses, and when their cache was made.  The model's next cache takes them, so that
+# the CUDA graphs recorded with them can be replayed; with other buffers they would have to be recorded again.  Of two
+# caches the one made later leaves its buffers: a cache whose decoding was traced is freed by the garbage collector
+# alone, long after later caches, and by then the graphs have been recorded with the buffers of those.
+_unused: "weakref.WeakKeyDictionary[nn.Module, tuple[int, dict[Hashable, Pair]]]" = weakref.WeakKeyDictionary()
 _times = itertools.count()
 
 
@@ -29,7 +30,7 @@ class Buffers:
     Attributes:
         filled: tokens held, 0-d int64; set by `start`.
         seen: tokens seen, 0-d int64; set by `start`.
-        counted: at least the tokens held, known without asking the device.
+        reserved: slots that are filled or about to be, at least as many as `filled`; known without asking the device.
     """
 
     filled: torch.Tensor
@@ -39,7 +40,7 @@ class Buffers:
         self._owner = weakref.ref(owner)
         _, self._pairs = _unused.pop(owner, (0, {}))
         weakref.finalize(self, _leave, self._owner, next(_times), self._pairs).atexit = False
-        self.counted = 0
+        self.reserved = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Buffers":
         owner = self._owner()
@@ -52,11 +53,11 @@ class Buffers:
                 theirs.copy_(mine)
         if "lengths" in self._pairs:
             copied.filled, copied.seen = copied._pairs["lengths"]
-        copied.counted = self.counted
+        copied.reserved = self.reserved
         return copied
 
-    def buffers(self, index: int, keys: torch.Tensor, values: torch.Tensor, slots: int) -> _Pair:
-        """Storage of layer `index`, (B, H_kv, slots, D), for states like these; what is in it is unspecified."""
+    def of_layer(self, index: int, keys: torch.Tensor, values: torch.Tensor, slots: int) -> Pair:
+        """The slots of layer `index`, (B, H_kv, slots, D), for states like these; what is in it is unspecified."""
         states = keys, values
         return self._pair(index, states, [torch.Size((*part.shape[:2], slots, part.shape[3])) for part in states])
 
@@ -66,7 +67,7 @@ class Buffers:
         self.filled, self.seen = self._pair("lengths", (length, length), [length.shape] * 2)
         self.filled.fill_(stored)
         self.seen.fill_(seen)
-        self.counted = stored
+        self.reserved = stored
 
     def advance(self, tokens: int) -> None:
         """Counts tokens that all layers have been given; this is compiled."""
@@ -77,9 +78,9 @@ class Buffers:
         """Forgets the last tokens."""
         self.filled.sub_(tokens)
         self.seen.sub_(tokens)
-        self.counted -= tokens
+        self.reserved -= tokens
 
-    def _pair(self, key: Hashable, like: _Pair, shapes: list[torch.Size]) -> _Pair:
+    def _pair(self, key: Hashable, like: Pair, shapes: list[torch.Size]) -> Pair:
         held = self._pairs.get(key)
         wanted = [(shape, part.dtype, part.device) for shape, part in zip(shapes, like, strict=True)]
         if held is None or [(part.shape, part.dtype, part.device) for part in held] != wanted:
@@ -95,7 +96,7 @@ def _new_buffer(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> 
     return buffer
 
 
-def _leave(owner: "weakref.ref[nn.Module]", made: int, pairs: dict[Hashable, _Pair]) -> None:
+def _leave(owner: "weakref.ref[nn.Module]", made: int, pairs: dict[Hashable, Pair]) -> None:
     model = owner()
     if model is not None and (model not in _unused or _unused[model][0] < made):
         _unused[model] = made, pairs

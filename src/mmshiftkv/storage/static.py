@@ -1,163 +1,279 @@
-"""A layer after its prompt, in storage of a fixed size: what a compiled decoding step sees."""
+"""Storage of a fixed size for compiled decoding, and never more tokens than fit."""
 
 import copy
+import logging
+import weakref
+from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 import torch
 
+from shiftkv_kernels import gather
+
+from ..model.decoder import Decoder
+from .base import Pair, SelectedLayer, Selection, Storage
 from .buffers import Buffers
-from .growing import GrowingLayer
+
+# These are given a mask that hides what has not been written yet.  transformers gives flash attention none, and cannot
+# compile flex attention with any cache.
+_MASKED_ATTENTION = ("sdpa", "eager")
+_logger = logging.getLogger(__name__)
 
 
-class StaticLayer(GrowingLayer):
-    """Takes the place of a `GrowingLayer` once its prompt has been selected from, until `reset`.
+class StaticLayer(SelectedLayer):
+    """A layer with a fixed number of slots: what a compiled decoding step sees.
 
-    `keys` and `values` are the whole storage, (B, H_kv, slots, D); attention is masked where nothing has been written
-    yet.  `update` depends on no number that changes from prompt to prompt, so it is compiled once.
+    `keys` and `values` are all slots, (B, H_kv, slots, D); attention is masked where nothing has been written yet.
+    `update` depends on no number that changes from prompt to prompt, so it is compiled once.
 
     Args:
         index: the layer's number.
-        storage: of all layers of the cache.
-        states: its buffers for this layer, with the kept tokens in front and zeros behind them.
+        owner: the storage of all layers of the cache, which is told of each pass.
+        slots: the layer's buffers, with the kept tokens in front and zeros behind them.
         kept: (B, H_kv, C) int64, the columns that were kept; None: all.
         stored: C.
-        seen: columns of the prompt.
-        is_last: whether no selected layer comes after this one.
+        dropped: columns of the prompt that were not kept.
     """
 
     is_compileable = True
 
     def __init__(
-        self,
-        index: int,
-        storage: Buffers,
-        states: tuple[torch.Tensor, torch.Tensor],
-        kept: torch.Tensor | None,
-        *,
-        stored: int,
-        seen: int,
-        is_last: bool,
+        self, index: int, owner: "StaticStorage", slots: Pair, kept: torch.Tensor | None, *, stored: int, dropped: int
     ) -> None:
         super().__init__()
         self._index = index
-        self._shared = storage
-        self._is_last = is_last
+        self._owner = weakref.ref(owner)  # weak: without a cycle the buffers are free as soon as the cache is
+        self._buffers = owner.buffers
+        self._is_first, self._is_last = owner.place_of(index)
         self._kept = kept
-        self._dropped = seen - stored
+        self._dropped = dropped
         self.prompt_stored = stored
         self.is_initialized = True
-        self._take(states)
+        self._take(slots)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StaticLayer":
         copied = copy.copy(self)
         memo[id(self)] = copied
-        copied._shared = copy.deepcopy(self._shared, memo)
+        copied._owner = weakref.ref(copy.deepcopy(self._storage_of_all(), memo))
+        copied._buffers = copy.deepcopy(self._buffers, memo)
         copied._kept = copy.deepcopy(self._kept, memo)
-        copied._take(copied._shared.buffers(self._index, *self._states(), self.slots))
+        copied._take(copied._buffers.of_layer(self._index, *self.storage, self.slots))
         return copied
 
-    def _take(self, states: tuple[torch.Tensor, torch.Tensor]) -> None:
-        self.storage = states
-        self.keys, self.values = states
-        self.dtype, self.device = states[0].dtype, states[0].device
+    def _storage_of_all(self) -> "StaticStorage":
+        owner = self._owner()
+        assert owner is not None
+        return owner
+
+    def _take(self, slots: Pair) -> None:
+        self.keys, self.values = slots
+        self.dtype, self.device = slots[0].dtype, slots[0].device
 
     @property
-    def in_prompt(self) -> bool:
-        """False: the prompt has ended."""
-        return False
+    def storage(self) -> Pair:
+        """All slots for keys and values, (B, H_kv, slots, D)."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
 
     @property
     def slots(self) -> int:
         """Tokens that there is room for."""
-        assert self.keys is not None
-        return self.keys.shape[2]
+        return self.storage[0].shape[2]
 
     @property
     def filled(self) -> torch.Tensor:
         """Tokens held, 0-d int64: the slot that the next one is written to."""
-        return self._shared.filled
+        return self._buffers.filled
 
     @property
     def stored(self) -> int:
         """Tokens held; waits for the device."""
-        return int(self._shared.filled)
+        return int(self._buffers.filled)
 
     @property
     def seen(self) -> int:
         """Tokens seen; waits for the device."""
-        return int(self._shared.seen)
+        return int(self._buffers.seen)
 
     @property
     def dropped(self) -> int:
         """Tokens seen but not held."""
         return self._dropped
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes states (B, H_kv, t, D) behind the stored ones and returns the whole storage.
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Pair:
+        """Writes states (B, H_kv, t, D) behind the stored ones and returns all slots.
 
         Raises:
-            ValueError: a batch of another size than the one stored.
+            ValueError: a batch of another size than the one stored, or no slot is left.
         """
         self._check_rows(key_states)
+        tokens = key_states.shape[-2]
+        if self._is_first and not torch.compiler.is_compiling():
+            self._storage_of_all().claim(tokens)
         keys, values = self.keys, self.values
         assert keys is not None
         assert values is not None
-        tokens = key_states.shape[-2]
-        places = self._shared.filled + torch.arange(tokens, device=key_states.device)
+        places = self._buffers.filled + torch.arange(tokens, device=key_states.device)
         keys.index_copy_(2, places, key_states.detach())
         values.index_copy_(2, places, value_states.detach())
         if self._is_last:
-            self._shared.advance(tokens)
+            self._buffers.advance(tokens)
         return keys, values
 
     def get_seq_length(self) -> Any:
         """Tokens seen, the position of the next one: a 0-d tensor, as in transformers' `StaticLayer`."""
-        return self._shared.seen
+        return self._buffers.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns that attention will see, and how many seen tokens lie before them."""
         return self.slots, self._dropped
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last tokens, but not all; `tokens_to_remove` is their number, negative.
-
-        Raises:
-            ValueError: it is positive, or reaches into a prompt from which tokens have been dropped.
-        """
-        count = self.check_crop(tokens_to_remove)
-        if count == 0:
-            return
-        self.prompt_stored = min(self.prompt_stored, self.stored - count)
-        if self._is_last:
-            self._shared.take_back(count)
-
-    def check_crop(self, tokens_to_remove: int) -> int:
-        """The number of tokens that `crop` would remove; raises as `crop` does and changes nothing."""
-        return super().check_crop(tokens_to_remove) if tokens_to_remove else 0
-
     def enlarge(self, slots: int) -> None:
-        """Moves to storage of more slots."""
-        old = self._states()
-        filled = self.stored
-        new = self._shared.buffers(self._index, *old, slots)
+        """Moves to buffers of more slots."""
+        old, filled = self.storage, self.stored
+        new = self._buffers.of_layer(self._index, *old, slots)
         for mine, theirs in zip(old, new, strict=True):
             theirs[:, :, :filled] = mine[:, :, :filled]
             theirs[:, :, filled:] = 0
         self._take(new)
 
-    def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.storage is not None
-        return self.storage
+    def _remove(self, count: int) -> None:
+        if self._is_last:
+            self._buffers.take_back(count)
 
-    def _map_rows(self, change: Any) -> None:
-        old = self._states()
-        changed = change(old[0]), change(old[1])
-        # The same number of rows finds the same storage again, and graphs that were recorded with it stay good.
-        new = self._shared.buffers(self._index, *changed, self.slots)
-        for mine, theirs in zip(changed, new, strict=True):
+    def _hold_rows(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        # The same number of rows finds the same buffers again, and graphs that were recorded with them stay good.
+        new = self._buffers.of_layer(self._index, keys, values, self.slots)
+        for mine, theirs in zip((keys, values), new, strict=True):
             theirs.copy_(mine)
         self._take(new)
-        if self._kept is not None:
-            self._kept = change(self._kept)
+
+
+class StaticStorage(Storage):
+    """Slots for the budget and for `max_new_tokens` in every layer, allocated once.
+
+    Args:
+        decoder: of the model that decodes.
+        budget: as the cache's.
+        max_new_tokens: tokens that fit behind what is kept of the prompt.  Later turns and their answers may be longer:
+            then everything moves to larger storage.
+        backend: "auto", "triton" or "torch".
+
+    """
+
+    is_compileable = True
+
+    def __init__(self, decoder: Decoder, budget: int | float, max_new_tokens: int, backend: str) -> None:
+        self._decoder = decoder
+        self._indices = sorted(decoder.attention)
+        self._budget = budget
+        self._new_tokens = max_new_tokens
+        self._backend = backend
+        self._layers: list[StaticLayer] = []
+        self._has_turns = False
+        self._is_reserved = False
+
+    @cached_property
+    def buffers(self) -> Buffers:
+        """Keys and values of all layers.  They stay when the cache is reset, and serve the model's next cache later."""
+        return Buffers(self._decoder.blocks[0])
+
+    def check(self) -> None:
+        """Raises ValueError if the model has been given an attention that reads slots which are not written yet."""
+        attention = self._decoder.attention_implementation
+        if attention not in _MASKED_ATTENTION:
+            raise ValueError(
+                f"attn_implementation={attention!r} was set after the cache was built with max_new_tokens, and would "
+                "read slots that are not written yet; build a new cache"
+            )
+
+    def place_of(self, index: int) -> tuple[bool, bool]:
+        """Whether a layer is the first of the selected ones, and whether it is the last."""
+        return index == self._indices[0], index == self._indices[-1]
+
+    def store(self, index: int, layer: SelectedLayer, selection: Selection) -> StaticLayer:
+        """As in `Storage`: a new layer in the buffers of this cache."""
+        kept, keys, values, stored = selection.kept, selection.keys, selection.values, selection.stored
+        # Slots for the whole budget whatever the prompt's length: one size, one compilation.
+        slots = self._new_tokens + (int(self._budget) if isinstance(self._budget, Integral) else stored)
+        out = self.buffers.of_layer(index, keys, values, slots)
+        if kept is None:
+            for part, states in zip(out, (keys, values), strict=True):
+                part[:, :, :stored] = states
+                part[:, :, stored:] = 0
+        else:
+            gather(keys, values, kept, out=out, backend=self._backend)
+        if selection.refitted is not None:
+            out[1][:, :, :stored] = selection.refitted
+        if index == self._indices[0]:
+            self.buffers.start(stored, selection.seen, keys.device)
+        held = StaticLayer(index, self, out, kept, stored=stored, dropped=selection.seen - stored)
+        self._layers.append(held)
+        return held
+
+    def release(self) -> None:
+        """Ends the conversation; the buffers wait for the next one."""
+        self._layers = []
+        self._has_turns = self._is_reserved = False
+
+    def reserve(self, tokens: int) -> None:
+        """Makes sure that `tokens` more fit, before any layer writes one.
+
+        A compiled step says nothing of itself to Python; the mask sizes, which are asked for before every step, do.
+        They may be asked for more than once, so more slots than needed may be reserved; when they seem to run out, the
+        device is asked how many are filled.
+
+        Raises:
+            ValueError: there is no room for another token of the first answer; nothing has been changed then.
+        """
+        slots = self._layers[0].slots
+        # Several tokens are a later turn.
+        has_turns = self._has_turns or tokens > 1
+        if self.buffers.reserved + tokens > slots:
+            self.buffers.reserved = self._layers[0].stored
+        if self.buffers.reserved + tokens > slots:
+            if not has_turns:
+                raise ValueError(
+                    f"max_new_tokens={self._new_tokens}: all {slots} slots of the cache are filled; build it with a "
+                    "larger number, or without one for storage that grows"
+                )
+            # Twice as much at least, so that a conversation of many turns is not compiled again in each.
+            self._enlarge(max(self.buffers.reserved + tokens + self._new_tokens, 2 * slots))
+        self.buffers.reserved += tokens
+        self._has_turns = has_turns
+        self._is_reserved = True
+
+    def claim(self, tokens: int) -> None:
+        """The pass that slots were reserved for has begun; reserves them if no mask was asked for before it."""
+        if not self._is_reserved:
+            self.reserve(tokens)
+        self._is_reserved = False
+
+    def _enlarge(self, slots: int) -> None:
+        _logger.warning(
+            "the cache moves to storage of %d slots for a later turn: decoding is compiled again for it", slots
+        )
+        for layer in self._layers:
+            layer.enlarge(slots)
+
+
+def obstacle_to_compiling(decoder: Decoder, layers: int, prefill: str) -> str | None:
+    """Why storage has to grow, and decoding to be eager; None where it can be static and decoding compiled.
+
+    Args:
+        decoder: of the model that decodes.
+        layers: how many layers the cache has.
+        prefill: "single" or "chunked".
+    """
+    attention = decoder.attention_implementation
+    if attention not in _MASKED_ATTENTION:
+        return f"attn_implementation={attention!r} would read slots that are not written yet"
+    if prefill == "chunked":
+        return 'with prefill="chunked", generate would compile the chunks too'
+    if len(decoder.attention) < layers:
+        return f"{layers - len(decoder.attention)} of {layers} layers are not full-attention layers"
+    if not decoder.is_on_one_device:
+        return "the weights are offloaded, or on several devices"
+    return None
