@@ -6,7 +6,7 @@ import torch
 
 import models
 from benchmarks.quality.last_query import WeightedLastQuery, raise_highest, tokens_set_aside
-from mmshiftkv import CACHE_ARGUMENT, PrefillSelectionCache, ShiftKVConfig
+from mmshiftkv import CACHE_ARGUMENT, Method, PrefillSelectionCache, ShiftKVConfig
 from mmshiftkv.methods.shiftkv import ShiftKV
 from shiftkv_kernels import keep_best
 
@@ -68,13 +68,15 @@ def test_places_are_counted_as_the_decimal_number_says():
     assert all(tokens_set_aside(1 - 2**-53, count) < count for count in (1, 2, 4096, 10**6))
 
 
-class Watched:
+class Watched(Method):
     """A method that notes, for each layer in turn, the last query's mass and the scores."""
 
     def __init__(self, method):
-        self.observe = method.observe
         self._method = method
         self.seen = []
+
+    def observe(self, layer, inputs, earlier):
+        return self._method.observe(layer, inputs, earlier)
 
     def score(self, layer, summary, keys, values, valid):
         scores = self._method.score(layer, summary, keys, values, valid)
