@@ -3,7 +3,6 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from benchmarks.quality import compare
+from common import TINY_MODEL
 from tiny_vlm import documents
 from tiny_vlm.pages import (
     ALL_FONTS,
@@ -30,7 +29,7 @@ from tiny_vlm.pages import (
     random_page,
 )
 
-ASSETS = compare.DEFAULT_MODEL.parent
+ASSETS = TINY_MODEL.parent
 SEEDS = st.integers(0, 2**32)
 
 # The embedded model was measured on these pages: numbers can be compared only while they stay as they are.
@@ -163,7 +162,7 @@ def test_builtin_font_needs_no_matplotlib():
         "print(len(list(pages.held_out_examples(2, fonts=pages.BUILTIN_FONTS))))\n"
         "list(pages.held_out_examples(8))\n"
     )
-    folder = Path(compare.__file__).parents[2]
+    folder = TINY_MODEL.parents[1]
     run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     assert run.stdout == "2\n"
     assert run.returncode != 0

@@ -6,12 +6,12 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, DynamicCache, Qwen2_5_VLForConditionalGeneration
 
-from benchmarks.quality import compare
+from common import TINY_MODEL
 from tiny_vlm import build
 from tiny_vlm.answering import MAX_NEW_TOKENS, answer, build_inputs
 from tiny_vlm.pages import held_out_of_task
 
-ASSETS = compare.DEFAULT_MODEL.parent
+ASSETS = TINY_MODEL.parent
 DOCUMENTS = json.loads((ASSETS / "documents.json").read_text(encoding="utf-8"))
 
 
@@ -52,10 +52,10 @@ def test_the_answer_comes_from_the_image(tiny):
 
 
 def test_the_checkpoint_is_a_plain_qwen2_5_vl_in_bfloat16():
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(compare.DEFAULT_MODEL, dtype="auto")
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY_MODEL, dtype="auto")
     assert model.dtype == torch.bfloat16
     assert sum(parameter.numel() for parameter in model.parameters()) == 5_912_000
-    processor = AutoProcessor.from_pretrained(compare.DEFAULT_MODEL)
+    processor = AutoProcessor.from_pretrained(TINY_MODEL)
     assert processor.tokenizer("aé\n")["input_ids"] == [97, 0xC3, 0xA9, 10]
 
 
@@ -64,8 +64,8 @@ def test_the_files_next_to_the_weights_are_those_that_the_build_script_writes(tm
     written = sorted(path.name for path in tmp_path.iterdir())
     assert len(written) == 5
     for name in written:
-        assert (tmp_path / name).read_text() == (compare.DEFAULT_MODEL / name).read_text(), name
-    stored = Qwen2_5_VLForConditionalGeneration.config_class.from_pretrained(compare.DEFAULT_MODEL)
+        assert (tmp_path / name).read_text() == (TINY_MODEL / name).read_text(), name
+    stored = Qwen2_5_VLForConditionalGeneration.config_class.from_pretrained(TINY_MODEL)
     built = build.build_config()
     assert stored.text_config.to_diff_dict() == built.text_config.to_diff_dict()
     assert np.all(stored.image_token_id == built.image_token_id)

@@ -1,168 +1,94 @@
 """Measure how many answers about held-out documents stay right when the KV cache is compressed, method by method.
 
-    python compare.py --count 100 --budgets 128 64 32 16 --json compare.json --plot compare.png
+    python examples/benchmarks/quality/compare.py --count 100 --json compare.json --plot compare.png
+    python examples/benchmarks/quality/compare.py --methods shiftkv snapkv --budgets 64 --tasks lookup
+    python examples/benchmarks/quality/compare.py --read compare.json --plot compare.png
 
 Every task gets the same held-out questions with the full cache and with each method at each budget. The first table
 gives exact match (case and white space count) and ANLS (the measure of DocVQA) in percent, the second the decode
-attention recall of each layer (see recall.py); the JSON file adds 95 % bootstrap intervals, the settings and the
-versions, its scores being fractions 0..1. Without `--model` the small Qwen2.5-VL next to this file answers: it reads
-such pages, and no other documents.
+attention recall of each layer: how much of what the full cache's own answer looks at while it is decoded is among the
+tokens that are kept. The JSON file adds 95 % bootstrap intervals, the settings and the versions, its scores being
+fractions 0..1. Without `--model` the small Qwen2.5-VL of this repository answers: it reads such pages, and no other
+documents.
 """
 
 import argparse
-import importlib.util
-import json
 import sys
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a script: its own folder is on the path, the folder examples is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import mmshiftkv
-from benchmarks.quality.comparison import Recall, Result, Setup, draw_plot, recall_table, record, table
-from benchmarks.quality.recall import decode_attention, recall
-from benchmarks.quality.scoring import estimate, summarize
-from common import DTYPES, choose_device, positive_integer
-from tiny_vlm.answering import MAX_NEW_TOKENS, answer_tokens, build_inputs, existing_folder, load
-from tiny_vlm.pages import ALL_FONTS, BUILTIN_FONTS, HELD_OUT_SEED, TASKS, Example, held_out_of_task
+from benchmarks import report
+from benchmarks.arguments import drop_repeats, need_packages
+from common import METHODS, choose_device, errors_in_one_line, fail, picture_file, script_parser
 
-DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "assets" / "tiny_qwen2_5_vl"
+if TYPE_CHECKING:
+    from benchmarks.quality.comparison import Result
+
 # In the order of the paper's tables; the full cache is always measured.
-METHODS = [*(method for method in mmshiftkv.METHODS if method not in ("full", "shiftkv")), "shiftkv"]
-NEED_MATPLOTLIB = 'needs matplotlib: pip install "mmshiftkv[plot]"'
+COMPRESSING = [*(method for method in METHODS if method not in ("full", "shiftkv")), "shiftkv"]
 
 
-def batches(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
-    """Lists of `size` examples; the last one may be shorter."""
-    batch: list[Example] = []
-    for example in examples:
-        batch.append(example)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def comparison_file(text: str) -> dict[str, Any]:
+    """An argparse type: what compare.py has written as JSON, by the path of the file."""
+    from benchmarks.quality.comparison import read
 
-
-class Measurement:
-    """What the setups answered to the questions of one task, and what their caches had kept."""
-
-    def __init__(self, model: Any, processor: Any, task: str) -> None:
-        self._model, self._processor, self._task = model, processor, task
-        self._attention: list[torch.Tensor] = []
-        self.answers: dict[Setup, list[tuple[str, str]]] = defaultdict(list)
-        self.recalls: dict[Setup, list[torch.Tensor]] = defaultdict(list)
-
-    def answer(self, setup: Setup, inputs: Any, truths: Sequence[str]) -> None:
-        """Has one setup answer a batch; the full cache must come first, as the others are held against it."""
-        cache: Any = setup.make_cache(self._model)
-        tokens = answer_tokens(self._model, inputs, cache, MAX_NEW_TOKENS[self._task])
-        texts = self._processor.batch_decode(tokens, skip_special_tokens=True)
-        self.answers[setup].extend(zip(texts, truths, strict=True))
-        if setup.method == "full":
-            self._attention = decode_attention(self._model, inputs, tokens, cache)
-        self.recalls[setup].append(recall(self._attention, cache).cpu())
-
-    def recall(self, setup: Setup) -> Recall | None:
-        """The recall of all batches; None if no answer had a decoding step."""
-        by_layer = torch.cat(self.recalls[setup])
-        by_layer = by_layer[by_layer.isfinite().all(dim=1)]
-        if not len(by_layer):
-            return None
-        return Recall(estimate(by_layer.mean(dim=1).tolist()), by_layer.mean(dim=0).tolist())
-
-
-def measure(model: Any, processor: Any, setups: Sequence[Setup], arguments: argparse.Namespace) -> list[Result]:
-    """Answers the same questions with every setup; a batch holds one task, as answers differ in length by task."""
-    fonts = BUILTIN_FONTS if arguments.builtin_font_only else ALL_FONTS
-    tasks = {task: Measurement(model, processor, task) for task in arguments.tasks}
-    total = len(tasks) * arguments.count * len(setups)
-    with tqdm(total=total, unit="answer") as progress:
-        for task, measurement in tasks.items():
-            examples = held_out_of_task(task, arguments.count, arguments.seed, fonts)
-            for batch in batches(examples, arguments.batch_size):
-                images, questions = [example.image for example in batch], [example.question for example in batch]
-                inputs = build_inputs(processor, images, questions).to(model.device, model.dtype)
-                for setup in setups:
-                    progress.set_description(f"{task}, {setup.method} {setup.budget or ''}".rstrip())
-                    measurement.answer(setup, inputs, [example.answer for example in batch])
-                    progress.update(len(batch))
-    results = []
-    for setup in setups:
-        recalls = {task: measurement.recall(setup) for task, measurement in tasks.items()}
-        results.append(
-            Result(
-                setup,
-                {task: summarize(measurement.answers[setup]) for task, measurement in tasks.items()},
-                {task: found for task, found in recalls.items() if found is not None},
-            )
-        )
-    return results
-
-
-def output_file(text: str) -> Path:
-    """An argparse type: the path of a file to write, in a folder that exists."""
-    path = Path(text)
-    existing_folder(str(path.parent))
-    return path
+    return report.read_record(text, "compare.py", read)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The checked arguments, each method, budget and task once; exits with a message when they are wrong."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    need_packages(script_parser(__doc__), ("numpy", "PIL", "rapidfuzz", "tabulate", "tqdm"))
+    from benchmarks.quality.questions import check_fonts, question_arguments
+    from tiny_vlm.pages import HELD_OUT_SEED, TASKS
+
+    parser = script_parser(__doc__, question_arguments([128, 64, 32, 16], TASKS, HELD_OUT_SEED))
     add = parser.add_argument
-    add("--model", type=existing_folder, default=DEFAULT_MODEL, help="folder of the model and its processor")
-    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="ways to compress the cache")
-    add("--budgets", nargs="+", type=positive_integer, default=[128, 64, 32, 16], help="tokens per layer and KV head")
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="kinds of questions")
-    add("--count", type=positive_integer, default=100, help="questions of each task")
-    add("--batch-size", type=positive_integer, default=8, help="questions answered together")
-    add("--seed", type=int, default=HELD_OUT_SEED, help="of the pages and questions")
-    add("--builtin-font-only", action="store_true", help="draw the pages without the fonts that come with matplotlib")
-    add("--device", type=choose_device, default="auto", help="where to run")
-    add("--dtype", choices=DTYPES, default="float32", help="of the model; auto: that of the checkpoint")
-    add("--json", type=output_file, help="write settings, versions and scores to this file")
-    add(
-        "--plot",
-        type=output_file,
-        help="draw exact match and recall against the budget into this file (.png, .svg or .pdf)",
-    )
+    add("--methods", nargs="+", choices=COMPRESSING, default=COMPRESSING, help="to compress with (default: all)")
+    add("--plot", type=picture_file, help="draw exact match and recall against the budget into this file, such as .png")
+    add("--read", type=comparison_file, metavar="JSON", help="measure nothing; show this file of --json")
     arguments = parser.parse_args(argv)
-    if importlib.util.find_spec("matplotlib") is None:
-        if arguments.plot:
-            parser.error(f"--plot {NEED_MATPLOTLIB}")
-        if not arguments.builtin_font_only:
-            parser.error(f"drawing the pages without --builtin-font-only {NEED_MATPLOTLIB}")
-    for name in ("methods", "budgets", "tasks"):
-        setattr(arguments, name, list(dict.fromkeys(getattr(arguments, name))))
+    if arguments.read and arguments.json:
+        parser.error("--json goes without --read")
+    if not arguments.read:
+        check_fonts(parser, arguments)
+    drop_repeats(arguments, "methods", "budgets", "tasks")
     return arguments
+
+
+def run(arguments: argparse.Namespace) -> "list[Result]":
+    """Measures, and writes the file of `--json`."""
+    from benchmarks.quality.comparison import Setup, record
+    from benchmarks.quality.comparison_measurement import measure
+    from tiny_vlm.answering import load
+
+    with errors_in_one_line():
+        model, processor = load(arguments.model, arguments.device or choose_device("auto"), arguments.dtype)
+    setups = [Setup()] + [Setup(method, budget) for budget in arguments.budgets for method in arguments.methods]
+    for setup in setups:
+        try:
+            setup.make_cache(model)
+        except (TypeError, ValueError) as error:  # a budget that the method cannot keep, a model that it does not know
+            fail(f"{setup.method}: {error}")
+    results = measure(model, processor, setups, arguments)
+    if arguments.json:
+        report.write_record(arguments.json, record(results, model, arguments))
+    return results
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; without `argv`, that of the program."""
     arguments = parse_arguments(argv)
-    model, processor = load(arguments.model, arguments.device, arguments.dtype)
-    setups = [Setup()] + [Setup(method, budget) for budget in arguments.budgets for method in arguments.methods]
-    for setup in setups:
-        try:
-            setup.make_cache(model)
-        except ValueError as error:
-            sys.exit(f"compare.py: error: {setup.method}: {error}")
-    results = measure(model, processor, setups, arguments)
+    from benchmarks.quality.comparison import read, recall_table, table
+    from benchmarks.quality.comparison_picture import draw_plot
+
+    results = read(arguments.read) if arguments.read else run(arguments)
     print(table(results), recall_table(results), sep="\n\n")
-    if arguments.json:
-        text = json.dumps(record(results, model, arguments), indent=2)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
     if arguments.plot:
-        draw_plot(results, arguments.plot)
+        draw_plot(results).savefig(arguments.plot, dpi=150)
 
 
 if __name__ == "__main__":

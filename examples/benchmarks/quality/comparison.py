@@ -1,30 +1,19 @@
-"""What compare.py measures, and how it is shown: tables, JSON and a plot."""
+"""What compare.py measures, and how it is shown: tables and JSON."""
 
 import argparse
-import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-from transformers import Cache
-
+from benchmarks import report
 from benchmarks.quality.scoring import Estimate, Summary
-from mmshiftkv import make_cache
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 SNAPKV_WINDOW = 32
 RECALL = "decode_attention_recall"
-# How each method is drawn, in every plot alike.
-LINES: dict[str, dict[str, Any]] = {
-    "random": {"color": "gray", "linewidth": 1.2},
-    "streaming_llm": {"color": "tab:olive", "linewidth": 1.2},
-    "expected_attention": {"color": "tab:green", "linewidth": 1.2},
-    "snapkv": {"color": "tab:blue", "linewidth": 1.2},
-    "keydiff": {"color": "tab:purple", "linewidth": 1.2},
-    "shiftkv": {"color": "tab:red", "linewidth": 2.4},
-}
 
 
 @dataclass(frozen=True)
@@ -44,8 +33,10 @@ class Setup:
             return {"window": max(self.budget // 4, 1)}
         return {}
 
-    def make_cache(self, model: Any) -> Cache:
+    def make_cache(self, model: Any) -> "Cache":
         """A new cache for one `generate` call; raises ValueError for a budget that the method cannot keep."""
+        from mmshiftkv import make_cache
+
         return make_cache(self.method, model, self.budget, **self.settings)
 
 
@@ -81,18 +72,14 @@ class Result:
         return [sum(layer) / len(layer) for layer in zip(*by_task, strict=True)]
 
 
-def _aligned(results: Sequence[Result], head: list[str], rows: Sequence[list[str]]) -> list[str]:
-    """Lines of right-aligned cells behind each setup's name and budget, with space between budgets if methods vary."""
-    cells = [["cache", "budget", *head]]
-    for result, row in zip(results, rows, strict=True):
-        cells.append([result.setup.method, str(result.setup.budget or "-"), *row])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-    if len({result.setup.method for result in results} - {"full"}) > 1:
-        for index in range(len(results) - 1, 0, -1):
-            if results[index].setup.budget != results[index - 1].setup.budget:
-                lines.insert(index + 1, "")
-    return lines
+def _blocks(results: Sequence[Result], rows: Sequence[list[str]]) -> Iterator[list[list[str]]]:
+    """Rows of cells behind each setup's name and budget, in blocks: of each budget, if methods vary."""
+    methods = {result.setup.method for result in results} - {"full"}
+    by_budget = groupby(
+        zip(results, rows, strict=True), key=lambda pair: pair[0].setup.budget if len(methods) > 1 else None
+    )
+    for _, pairs in by_budget:
+        yield [[result.setup.method, str(result.setup.budget or "-"), *row] for result, row in pairs]
 
 
 def table(results: Sequence[Result]) -> str:
@@ -107,7 +94,8 @@ def table(results: Sequence[Result]) -> str:
         scores.append((mean["exact_match"], mean["anls"]))
         cells = [f"{100 * exact:.1f} / {100 * anls:.1f}" for exact, anls in scores]
         rows.append([*cells, f"{100 * mean[RECALL]:.1f}" if RECALL in mean else "-"])
-    return "\n".join(["exact match / ANLS, percent", *_aligned(results, head, rows)])
+    lines = report.table(["cache", "budget", *head], *_blocks(results, rows))
+    return f"exact match / ANLS, percent\n{lines}"
 
 
 def recall_table(results: Sequence[Result]) -> str:
@@ -124,39 +112,33 @@ def recall_table(results: Sequence[Result]) -> str:
         ]
         for result in shown
     ]
-    return "\n".join(["decode attention recall, percent", *_aligned(shown, head, rows)])
-
-
-def device_name(device: torch.device) -> str:
-    """What the device is called, as far as its maker says."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+    lines = report.table(["cache", "budget", *head], *_blocks(shown, rows))
+    return f"decode attention recall, percent\n{lines}"
 
 
 def record(results: Sequence[Result], model: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that a reader of the numbers needs to repeat them, ready for JSON."""
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "plot")}
-    settings["model"] = arguments.model.resolve().name
-    settings |= {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+    names = ("methods", "budgets", "tasks", "count", "batch_size", "seed", "builtin_font_only")
     return {
-        "settings": settings,
-        "environment": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-            "device": device_name(model.device),
+        "settings": {
+            "model": arguments.model.resolve().name,
+            **{name: getattr(arguments, name) for name in names},
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
         },
-        "results": [
-            {
-                "method": result.setup.method,
-                "budget": result.setup.budget,
-                "method_settings": result.setup.settings,
-                "tasks": {task: _task_record(result, task) for task in result.tasks},
-                "mean": result.mean(),
-            }
-            for result in results
-        ],
+        "environment": report.environment(model.device),
+        "results": [result_record(result) for result in results],
+    }
+
+
+def result_record(result: Result) -> dict[str, Any]:
+    """One setup's scores, ready for JSON."""
+    return {
+        "method": result.setup.method,
+        "budget": result.setup.budget,
+        "method_settings": result.setup.settings,
+        "tasks": {task: _task_record(result, task) for task in result.tasks},
+        "mean": result.mean(),
     }
 
 
@@ -168,52 +150,20 @@ def _task_record(result: Result, task: str) -> dict[str, Any]:
     return scores
 
 
-def draw_plot(results: Sequence[Result], path: Path) -> None:
-    """Exact match against the budget, a panel for each task, and the recall; a line for each method, the full cache
-    dashed, 95 % intervals shaded."""
-    from matplotlib.figure import Figure  # without pyplot: no display and no global state
+def read(record: dict[str, Any]) -> list[Result]:
+    """The results in what `record` made: `result_record` makes the same of them again.
 
-    full, compressed = results[0], results[1:]
-    tasks = list(full.tasks)
-    panels = len(tasks) + bool(full.recall)
-    columns = 2 if panels == 4 else min(panels, 3)
-    rows = -(-panels // columns)
-    figure = Figure(figsize=(0.6 + 3.8 * columns, 0.7 + 3.1 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
-    for unused in axes[panels:]:
-        unused.remove()
-    for panel, task in zip(axes, tasks, strict=False):
-        panel.axhline(100 * full.tasks[task].exact_match.mean, color="black", linestyle="--", linewidth=1)
-        _draw_lines(panel, compressed, lambda result, task=task: result.tasks[task].exact_match)
-        panel.set_title(task)
-    if full.recall:
-        axes[panels - 1].axhline(100, color="black", linestyle="--", linewidth=1)
-        _draw_lines(axes[panels - 1], compressed, lambda result: result.mean()[RECALL])
-        axes[panels - 1].set_title("all tasks")
-        axes[panels - 1].set_ylabel("decode attention recall (%)")
-    for panel in axes[:panels]:
-        panel.set_ylim(-3, 103)
-        panel.grid(alpha=0.3)
-        panel.set_xlabel("budget (tokens per layer and KV head)")
-    for panel in axes[: len(tasks) : columns]:
-        panel.set_ylabel("exact match (%)")
-    axes[0].plot([], [], color="black", linestyle="--", linewidth=1, label="full cache")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=7)
-    figure.savefig(path, dpi=150)
+    Raises:
+        LookupError, TypeError: it is something else.
+    """
+    return [_read_result(result) for result in record["results"]]
 
 
-def _draw_lines(panel: Any, results: Sequence[Result], score: Any) -> None:
-    """A line for each method; `score` gives an Estimate, drawn with its interval, or a number."""
-    budgets = sorted({result.setup.budget or 0 for result in results})
-    for method in dict.fromkeys(result.setup.method for result in results):
-        of_method = sorted((r for r in results if r.setup.method == method), key=lambda r: r.setup.budget or 0)
-        places = [result.setup.budget or 0 for result in of_method]
-        scores = [score(result) for result in of_method]
-        means = [100 * (one.mean if isinstance(one, Estimate) else one) for one in scores]
-        (line,) = panel.plot(places, means, label=method, **LINES.get(method, {}), marker="o", markersize=4)
-        if isinstance(scores[0], Estimate):
-            low, high = [100 * one.low for one in scores], [100 * one.high for one in scores]
-            panel.fill_between(places, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(budgets, [str(budget) for budget in budgets])
-    panel.minorticks_off()
+def _read_result(result: dict[str, Any]) -> Result:
+    tasks, recalls = {}, {}
+    for task, scores in result["tasks"].items():
+        tasks[task] = Summary(scores["count"], Estimate(**scores["exact_match"]), Estimate(**scores["anls"]))
+        if RECALL in scores:
+            mean = {name: value for name, value in scores[RECALL].items() if name != "layers"}
+            recalls[task] = Recall(Estimate(**mean), scores[RECALL]["layers"])
+    return Result(Setup(result["method"], result["budget"]), tasks, recalls)

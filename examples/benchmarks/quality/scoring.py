@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from rapidfuzz.distance import Levenshtein
 
 ANLS_THRESHOLD = 0.5
 
@@ -31,16 +32,6 @@ def exact_match(prediction: str, truth: str) -> bool:
     return prediction == truth
 
 
-def edit_distance(first: str, second: str) -> int:
-    """Levenshtein distance: the fewest insertions, deletions and replacements that turn one into the other."""
-    row = list(range(len(second) + 1))
-    for i, a in enumerate(first, 1):
-        diagonal, row[0] = row[0], i
-        for j, b in enumerate(second, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
-    return row[-1]
-
-
 def anls(prediction: str, truth: str) -> float:
     """Average normalized Levenshtein similarity of one answer, as DocVQA scores it (one accepted answer).
 
@@ -51,10 +42,7 @@ def anls(prediction: str, truth: str) -> float:
     https://arxiv.org/abs/1905.13648), which introduced the measure, gives 0 there.
     """
     predicted, true = (" ".join(text.lower().split()) for text in (prediction, truth))
-    if predicted == true:
-        return 1.0
-    similarity = 1 - edit_distance(predicted, true) / max(len(predicted), len(true))
-    return similarity if similarity >= ANLS_THRESHOLD else 0.0
+    return Levenshtein.normalized_similarity(predicted, true, score_cutoff=ANLS_THRESHOLD)
 
 
 def bootstrap_interval(

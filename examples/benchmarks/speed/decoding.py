@@ -34,11 +34,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from benchmarks.speed.decoding_report import Row
+from benchmarks.speed.rows import UNTIMED, Row
 from mmshiftkv import CACHE_ARGUMENT, PrefillSelectionCache, ShiftKVCache, decode_ahead
-
-# The first tokens of each call: the prefill gives one, the next compiles, the next two record and check CUDA graphs.
-UNTIMED = 4
 
 
 @dataclass(frozen=True)

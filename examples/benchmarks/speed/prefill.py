@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from tqdm import tqdm
 from transformers import Cache, DynamicCache
 
+from benchmarks import report
+from benchmarks.speed.decoding import synchronize
 from mmshiftkv import CACHE_ARGUMENT, ShiftKVCache
 
 
@@ -25,12 +27,6 @@ class Prefill:
     slowest: float
     peak: int
     held: int
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the device's queue."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def run_once(model: Any, ids: torch.Tensor, make_cache: Callable[[], Cache]) -> tuple[float, int, int]:
@@ -95,14 +91,15 @@ def _summary(name: str, batch: int, tokens: int, runs: list[tuple[float, int, in
     )
 
 
-def table(results: list[Prefill]) -> str:
+def table(results: Sequence[Prefill]) -> str:
     """One line a cache and length: median milliseconds, ratio to DynamicCache, peak and remaining MiB."""
-    full = {(one.batch, one.tokens): one for one in results if one.cache == "DynamicCache"}
-    lines = [f"{'batch':>5} {'tokens':>7}  {'cache':<17} {'ms':>8} {'ratio':>6} {'peak MiB':>9} {'held MiB':>9}"]
-    for one in results:
-        ratio = one.seconds / full[one.batch, one.tokens].seconds
-        lines.append(
-            f"{one.batch:>5} {one.tokens:>7}  {one.cache:<17} {1e3 * one.seconds:>8.1f} {ratio:>6.3f} "
-            f"{one.peak / 2**20:>9.1f} {one.held / 2**20:>9.1f}"
-        )
-    return "\n".join(lines)
+    full = {(one.batch, one.tokens): one.seconds for one in results if one.cache == "DynamicCache"}
+    cells = [
+        [
+            *(str(one.batch), str(one.tokens), one.cache),
+            *(f"{1e3 * one.seconds:.1f}", f"{one.seconds / full[one.batch, one.tokens]:.3f}"),
+            *(f"{one.peak / 2**20:.1f}", f"{one.held / 2**20:.1f}"),
+        ]
+        for one in results
+    ]
+    return report.table(["batch", "tokens", "cache", "ms", "ratio", "peak MiB", "held MiB"], cells, left=["cache"])

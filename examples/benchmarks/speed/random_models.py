@@ -1,19 +1,16 @@
 """Models with the shapes of real checkpoints and random weights, for timing."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import (
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-)
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 
 def _qwen2_5_vl_7b() -> tuple[Any, Any]:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
     text = {
         "vocab_size": 152064,
         "hidden_size": 3584,
@@ -32,6 +29,8 @@ def _qwen2_5_vl_7b() -> tuple[Any, Any]:
 
 
 def _llava_1_6_vicuna_7b() -> tuple[Any, Any]:
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
     text = {
         "model_type": "llama",
         "vocab_size": 32064,
@@ -49,6 +48,8 @@ def _llava_1_6_vicuna_7b() -> tuple[Any, Any]:
 
 
 def _tiny() -> tuple[Any, Any]:
+    from transformers import Qwen2_5_VLConfig
+
     model_class, config = _qwen2_5_vl_7b()
     small = {"vocab_size": 512, "hidden_size": 224, "intermediate_size": 256, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 14, "num_key_value_heads": 2}
@@ -66,8 +67,8 @@ SHAPES: dict[str, Callable[[], tuple[Any, Any]]] = {
 
 
 def random_model(
-    name: str, device: torch.device, dtype: torch.dtype, *, attention: str = "sdpa", seed: int = 0
-) -> PreTrainedModel:
+    name: str, device: "torch.device", dtype: "torch.dtype", *, attention: str = "sdpa", seed: int = 0
+) -> "PreTrainedModel":
     """A model of one of `SHAPES` with random weights, made on `device`; it has no tokens that end a text.
 
     Raises:
@@ -75,6 +76,8 @@ def random_model(
     """
     if name not in SHAPES:
         raise ValueError(f"name={name!r} must be one of {', '.join(SHAPES)}")
+    import torch
+
     model_class, config = SHAPES[name]()
     config._attn_implementation = attention
     default = torch.get_default_dtype()

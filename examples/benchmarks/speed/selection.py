@@ -7,13 +7,14 @@ that the operations and bytes need at the rates measured here.
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from benchmarks import report
 from shiftkv_kernels import draw_samples, gather, group_mass, keep_best, rotate_queries, token_statistics, vote
 
 MASS = 0.95
@@ -275,17 +276,20 @@ def measure(
     )
 
 
-def table(rows: list[Row]) -> Iterator[str]:
-    """The rows as lines of text."""
-    yield (
-        "batch  tokens   eager   graph  | "
-        + "  ".join(f"{step[:7]:>7}" for step in STEPS)
-        + " |    topk  full (MiB)  extra MiB | floor: products, bytes"
-    )
+def table(rows: Sequence[Row]) -> str:
+    """One line a row: milliseconds of the whole selection, of its steps, and of what stands beside it; MiB."""
+    header = ["batch", "tokens", "eager", "graph", *STEPS, "topk", "full attention", "its MiB", "extra MiB"]
+    header += ["floor: products", "floor: bytes"]
+    cells = []
     for row in rows:
-        full = "-" if row.materialized is None else f"{row.materialized:.3f} ({row.materialized_memory:.0f})"
-        steps = "  ".join(f"{row.steps[step]:7.4f}" for step in STEPS)
-        yield (
-            f"{row.batch:5d} {row.tokens:7d} {row.eager:7.3f} {row.selection:7.3f}  | {steps} | {row.topk:7.4f} "
-            f"{full:>12} {row.extra_memory:10.1f} | {row.floor_products:.3f} {row.floor_bytes:.3f}"
+        full = "-" if row.materialized is None else f"{row.materialized:.3f}"
+        full_memory = "-" if row.materialized_memory is None else f"{row.materialized_memory:.0f}"
+        cells.append(
+            [
+                *(str(row.batch), str(row.tokens), f"{row.eager:.3f}", f"{row.selection:.3f}"),
+                *(f"{row.steps[step]:.4f}" for step in STEPS),
+                *(f"{row.topk:.4f}", full, full_memory, f"{row.extra_memory:.1f}"),
+                *(f"{row.floor_products:.3f}", f"{row.floor_bytes:.3f}"),
+            ]
         )
+    return report.table(header, cells)

@@ -1,11 +1,11 @@
-"""The note that variations.py writes: under which conditions, and one Markdown table."""
+"""How variations.py shows what it measured: a table, JSON, and the note in Markdown."""
 
 import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import groupby
 from typing import Any
 
+from benchmarks import report
 from tiny_vlm.pages import HELD_OUT_SEED
 
 PUBLISHED = "published"
@@ -15,19 +15,15 @@ KV head); beside it the difference to `published` in percentage points, paired q
 bootstrap interval. Every interval is for its row alone: among this many, some may leave out 0 by chance.
 
 Rows named after a setting change that one. Those of `seed` differ from `published` in nothing but the noise of the
-samples. Those of the last query change how often the attention mass of the last prompt token's query enters that of
-each group, or the score beside the votes; alone, it takes all places (`last_query_share=0.99`). Where `num_groups`
-changes, `future_stride`, which follows it by default, stays at 32."""
+samples. Where `num_groups` changes, `future_stride`, which follows it by default, stays at 32. Those of the last query
+are no settings of the library: they change how often the attention mass of the last prompt token's query enters that of
+each group, or the score beside the votes; `last_query_share` gives so many of the places to the tokens with the most of
+that mass, whatever their votes, and "last query alone" gives it all of them."""
 
 
-def read_run(text: str) -> dict[str, Any]:
+def variations_file(text: str) -> dict[str, Any]:
     """An argparse type: what variations.py has written as JSON, by the path of the file."""
-    try:
-        run: dict[str, Any] = json.loads(Path(text).read_text(encoding="utf-8"))
-        note([run])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON file of variations.py: {error!r}") from error
-    return run
+    return report.read_record(text, "variations.py", lambda run: note([run]))
 
 
 def difference(result: dict[str, Any]) -> str:
@@ -57,7 +53,7 @@ def note(recorded: Sequence[dict[str, Any]]) -> str:
 
     names = sorted(dict.fromkeys(name for results in found for name in results), key=order)
     head = ["variation", *(cell for run, budget in columns for cell in (f"{_set(run)}, {budget}", "difference"))]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for name in names:
         cells = [name]
         for results in found:
@@ -72,7 +68,7 @@ def note(recorded: Sequence[dict[str, Any]]) -> str:
             "",
             *(f"- {_conditions(run)}" for run in recorded),
             "",
-            *("| " + " | ".join(cells) + " |" for cells in lines),
+            report.table(head, lines, left=["variation"], markdown=True),
             "",
         ]
     )
@@ -90,3 +86,32 @@ def _conditions(run: dict[str, Any]) -> str:
         f"{settings['dtype']}, {environment['device']}, torch {environment['torch']}, "
         f"transformers {environment['transformers']}"
     )
+
+
+def record(results: list[dict[str, Any]], model: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything that a reader of the numbers needs to repeat them, ready for JSON."""
+    names = ("budgets", "tasks", "count", "batch_size", "seed", "builtin_font_only")
+    return {
+        "settings": {
+            "model": arguments.model.resolve().name,
+            **{name: getattr(arguments, name) for name in names},
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "environment": report.environment(model.device),
+        "results": results,
+    }
+
+
+def table(recorded: dict[str, Any]) -> str:
+    """Exact match in percent, the best variation first; a block of lines for each budget."""
+    tasks = recorded["settings"]["tasks"]
+    blocks = []
+    for budget, results in groupby(recorded["results"], key=lambda result: result["budget"]):
+        block = []
+        for result in results:
+            shares = [result["tasks"][task]["exact_match"] for task in tasks] + [result["exact_match"]["mean"]]
+            percents = [f"{100 * share:.1f}" for share in shares]
+            block.append([str(budget), result["variation"], *percents, difference(result)])
+        blocks.append(block)
+    head = f"exact match, percent ({recorded['settings']['count']} questions a task); difference to {PUBLISHED}"
+    return "\n".join([head, report.table(["budget", "variation", *tasks, "mean", "difference"], *blocks)])

@@ -2,24 +2,26 @@ import json
 import platform
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from PIL import Image
 
-from benchmarks.speed import speed_and_memory
+from benchmarks.speed import decoding_run, speed_and_memory
 from benchmarks.speed.random_models import random_model
 from tiny_llava import save_tiny_llava
 
 SMALL = ["--device", "cpu", "--lengths", "20", "40", "--budgets", "8", "24", "--new-tokens", "6", "--repeats", "2"]
+RESULTS = Path(speed_and_memory.__file__).parents[1] / "results"
 SHIFTKV = ["ShiftKVCache, budget 8", "ShiftKVCache, budget 24"]
 NAMES = ["DynamicCache", "StaticCache", *(name + how for name in SHIFTKV for how in ("", ", decode_ahead"))]
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """What one run with the embedded model writes: the parsed JSON file, and the path of the plot."""
+    """What one run with the embedded model writes: the parsed JSON file, and the folder with it and the pictures."""
     folder = tmp_path_factory.mktemp("decode")
     options = ["--batches", "1", "2", "--json", str(folder / "out.json"), "--plot", str(folder / "out.png")]
     speed_and_memory.main([*SMALL, *options])
@@ -41,7 +43,7 @@ def test_json_holds_settings_versions_and_rows(written):
         "repeats": 2,
         "untimed_tokens": 4,
     }
-    assert record["environment"]["device"] == "cpu"
+    assert record["environment"]["device"] == f"cpu ({platform.processor() or platform.machine()}, threads: 1)"
     assert record["environment"]["torch"] == torch.__version__
     assert record["environment"]["transformers"] == transformers.__version__
     assert record["environment"]["python"] == platform.python_version()
@@ -72,16 +74,19 @@ def test_caches_hold_what_they_were_made_for(written):
         assert row["cache_bytes"] == row["batch"] * slots * slot
 
 
-def test_the_plot_is_an_image(written):
-    with Image.open(written[1] / "out.png") as image:
-        assert image.format == "PNG"
-        assert min(image.size) > 300
+def test_there_are_a_picture_of_the_time_and_one_of_the_memory(written):
+    assert sorted(path.name for path in written[1].iterdir()) == ["out.json", "out_memory.png", "out_time.png"]
+    for name in ("out_memory.png", "out_time.png"):
+        with Image.open(written[1] / name) as image:
+            assert image.format == "PNG"
+            assert min(image.size) > 300
 
 
 def test_the_table_has_a_line_for_each_row(capsys):
     speed_and_memory.main([*SMALL, "--random-weights", "tiny", "--batches", "1", "--caches", "dynamic", "shiftkv"])
     printed = capsys.readouterr().out.splitlines()
-    assert printed[:2] == ["tiny, random weights, float32, cpu: 6 new tokens", ""]
+    assert re.fullmatch(r"tiny, random weights, float32, cpu \(.+, threads: 1\): 6 new tokens", printed[0])
+    assert printed[1] == ""
     header, *lines = [re.split(r"  +", line.strip()) for line in printed[2 : printed.index("", 2)]]
     assert header[:5] == ["batch", "tokens", "cache", "decoding", "ms/token"]
     assert [line[:4] for line in lines] == [
@@ -98,15 +103,25 @@ def test_records_are_read_together(written, tmp_path, capsys):
     whole = capsys.readouterr().out
     halves = [str(tmp_path / "1.json"), str(tmp_path / "2.json")]
     speed_and_memory.main(["--read", *halves, "--plot", str(tmp_path / "out.png")])
-    assert capsys.readouterr().out == whole
-    assert (tmp_path / "out.png").read_bytes() == (folder / "out.png").read_bytes()
+    pictures = [tmp_path / "out_time.png", tmp_path / "out_memory.png"]
+    assert capsys.readouterr().out == whole + "".join(f"written: {path}\n" for path in pictures)
+    assert all(path.read_bytes() == (folder / path.name).read_bytes() for path in pictures)
     record["settings"] = {**record["settings"], "model": "another"}
     (tmp_path / "2.json").write_text(json.dumps(record))
-    with pytest.raises(SystemExit, match="cannot be shown together: another, float32, cpu: 6 new tokens; tiny"):
+    with pytest.raises(SystemExit, match=r"cannot be shown together: another, float32, cpu.*: 6 new tokens; tiny"):
         speed_and_memory.main(["--read", *halves])
     (tmp_path / "2.json").write_text("{}")
-    with pytest.raises(SystemExit, match="error: "):
+    with pytest.raises(SystemExit):
         speed_and_memory.main(["--read", *halves])
+    assert "2.json' is no JSON file of speed_and_memory.py: KeyError('settings')" in capsys.readouterr().err
+
+
+def test_the_records_of_this_repository_can_be_read(capsys):
+    files = [str(RESULTS / name) for name in ("decoding.json", "decoding_batch_8.json")]
+    speed_and_memory.main(["--read", *files])
+    printed = capsys.readouterr().out
+    assert printed.startswith("qwen2.5-vl-7b, random weights, bfloat16, NVIDIA H200: 256 new tokens\n")
+    assert printed.count("decode_ahead") == 2 * (3 + 2)
 
 
 def test_another_family(tmp_path, capsys):
@@ -114,7 +129,7 @@ def test_another_family(tmp_path, capsys):
     options = ["--model", str(tmp_path), "--batches", "2", "--lengths", "30", "--caches", "shiftkv", "--attn", "eager"]
     speed_and_memory.main([*SMALL, *options])
     printed = capsys.readouterr().out
-    assert printed.startswith(f"{tmp_path.name}, float32, cpu: 6 new tokens\n")
+    assert re.match(rf"{tmp_path.name}, float32, cpu \(.+\): 6 new tokens\n", printed)
     assert "ShiftKVCache, budget 24" in printed
 
 
@@ -122,8 +137,8 @@ def test_lengths_need_positions(capsys):
     with pytest.raises(SystemExit, match=r"with 6 new tokens \[8187\] are more than the model's 8192 positions"):
         speed_and_memory.main([*SMALL, "--lengths", "20", "8187"])
     arguments = speed_and_memory.parse_arguments(["--device", "cpu", "--new-tokens", "7900"])
-    model = speed_and_memory.load_model(arguments)
-    assert speed_and_memory.fitting_lengths(model, arguments) == [256]
+    model = decoding_run.load_model(arguments)
+    assert decoding_run.fitting_lengths(model, arguments) == [256]
     assert "left out: with 7900 new tokens [512, 1024] are more than" in capsys.readouterr().err
 
 
@@ -172,7 +187,11 @@ def test_the_selection_is_measured_step_by_step(tmp_path, capsys):
         (["--device", "toaster"], "--device: cannot use 'toaster'"),
         (["--json", "nowhere/out.json"], "--json: no such folder: 'nowhere'"),
         (["--plot", "nowhere/out.png"], "--plot: no such folder: 'nowhere'"),
+        (["--plot", "out.doc"], "--plot: 'out.doc' has no ending that matplotlib can draw: "),
         (["--read", "nowhere.json"], "--read: no such file: 'nowhere.json'"),
+        (["--read", str(RESULTS / "compare.json")], "compare.json' is no JSON file of speed_and_memory.py"),
+        (["--read", str(RESULTS / "decoding.json"), "--json", "x.json"], "--json goes without --read"),
+        (["--read", str(RESULTS / "decoding.json"), "--selection"], "--selection goes without --read"),
         (["--tiny"], "--random-weights tiny"),
         (["--selection", "--tiny", "--lengths", "0"], "at least 1"),
         (["--selection", "--tiny", "--json", "no/x"], "no such folder: 'no'"),
@@ -192,7 +211,7 @@ def test_missing_matplotlib_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit):
         speed_and_memory.main(["--plot", "out.png"])
-    assert '--plot needs matplotlib: pip install "mmshiftkv[plot]"' in capsys.readouterr().err
+    assert '--plot: needs matplotlib: pip install "mmshiftkv[plot]"' in capsys.readouterr().err
 
 
 def test_an_unknown_shape_is_named():

@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +10,14 @@ from PIL import Image
 from transformers import DynamicCache
 
 from benchmarks.quality import compare
+from benchmarks.quality.comparison import Result, Setup, read, recall_table, result_record, table
+from benchmarks.quality.comparison_picture import STYLES, draw_plot
 from benchmarks.quality.scoring import summarize
-from mmshiftkv import ShiftKVCache
+from mmshiftkv import METHODS, ShiftKVCache
 
 SMALL = ["--count", "2", "--batch-size", "2", "--device", "cpu"]
+RESULTS = Path(compare.__file__).parents[1] / "results"
+COMMITTED = json.loads((RESULTS / "compare.json").read_text(encoding="utf-8"))
 ALONE = ["--methods", "shiftkv"]
 
 
@@ -114,8 +119,8 @@ def test_repeated_budgets_and_tasks_are_measured_once(capsys):
 
 def test_a_setup_makes_a_new_cache_for_each_call(tiny):
     model, _ = tiny
-    assert type(compare.Setup().make_cache(model)) is DynamicCache
-    shift = compare.Setup("shiftkv", 32)
+    assert type(Setup().make_cache(model)) is DynamicCache
+    shift = Setup("shiftkv", 32)
     first, second = shift.make_cache(model), shift.make_cache(model)
     assert isinstance(first, ShiftKVCache)
     assert first is not second
@@ -135,28 +140,28 @@ def test_all_methods_are_measured_budget_by_budget(capsys):
 
 
 def test_snapkv_has_at_most_a_quarter_of_the_budget_for_its_window():
-    windows = {budget: compare.Setup("snapkv", budget).settings.get("window", 32) for budget in (256, 128, 64, 10, 1)}
+    windows = {budget: Setup("snapkv", budget).settings.get("window", 32) for budget in (256, 128, 64, 10, 1)}
     assert windows == {256: 32, 128: 32, 64: 16, 10: 2, 1: 1}
-    assert compare.Setup("shiftkv", 10).settings == {}
+    assert Setup("shiftkv", 10).settings == {}
 
 
 def test_more_tasks_are_more_panels(tmp_path):
     perfect, wrong = summarize([("a", "a")]), summarize([("a", "b")])
 
     def drawn(*tasks):
-        results = [compare.Result(compare.Setup(), dict.fromkeys(tasks, perfect))]
+        results = [Result(Setup(), dict.fromkeys(tasks, perfect))]
         results += [
-            compare.Result(compare.Setup(method, budget), dict.fromkeys(tasks, wrong))
+            Result(Setup(method, budget), dict.fromkeys(tasks, wrong))
             for budget in (16, 8)
-            for method in ("one", "two", "three")
+            for method in ("random", "snapkv", "shiftkv")
         ]
-        compare.draw_plot(results, tmp_path / "plot.png")
-        text = compare.table(results)
+        draw_plot(results).savefig(tmp_path / "plot.png")
+        text = table(results)
         assert [line.split()[:2] for line in text.splitlines()[2:] if line] == [
             ["full", "-"],
-            *([method, budget] for budget in ("16", "8") for method in ("one", "two", "three")),
+            *([method, budget] for budget in ("16", "8") for method in ("random", "snapkv", "shiftkv")),
         ]
-        assert compare.recall_table(results) == ""
+        assert recall_table(results) == ""
         with Image.open(tmp_path / "plot.png") as image:
             return image.size
 
@@ -164,6 +169,53 @@ def test_more_tasks_are_more_panels(tmp_path):
     assert double[1] == single[1]
     assert double[0] > 1.5 * single[0]
     assert five[1] > 1.5 * double[1]
+
+
+def test_the_picture_has_the_names_of_the_readme():
+    figure = draw_plot(read(COMMITTED))
+    titles = [panel.get_title() for panel in figure.axes]
+    assert titles == ["lookup", "multi-field", "line", "whole page", "decode attention recall, all tasks", ""]
+    legend = figure.axes[-1].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "ShiftKV",
+        "ExpectedAttention",
+        "SnapKV",
+        "KeyDiff",
+        "StreamingLLM",
+        "Random",
+        "full cache",
+    ]
+
+
+def test_methods_with_the_same_score_are_all_seen():
+    assert set(STYLES) == set(METHODS) - {"full"}
+    whole_page = draw_plot(read(COMMITTED)).axes[3]
+    marked = [line for line in whole_page.lines if line.get_linestyle() == "None"]
+    assert len({line.get_marker() for line in marked}) == len({line.get_color() for line in marked}) == 6
+    at_zero = [x for line in marked for x, y in line.get_xydata() if y == 0]
+    assert len(at_zero) > 10
+    assert len(set(at_zero)) == len(at_zero)
+    for line in marked:
+        for x, budget in zip(line.get_xdata(), (16, 32, 64, 128), strict=True):
+            assert x == pytest.approx(budget, rel=0.15)
+
+
+def test_what_is_read_is_what_was_written(written):
+    for recorded in (written[0], COMMITTED):
+        for result, expected in zip(read(recorded), recorded["results"], strict=True):
+            found = result_record(result)
+            # Sums of floats are rounded in another way since Python 3.12.
+            assert found["mean"] == pytest.approx(expected["mean"], rel=1e-15)
+            assert {**found, "mean": None} == {**expected, "mean": None}
+
+
+def test_a_record_is_shown_without_measuring(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tiny_vlm.answering.load", None)
+    compare.main(["--read", str(RESULTS / "compare.json"), "--plot", str(tmp_path / "plot.png")])
+    results = read(COMMITTED)
+    assert capsys.readouterr().out == f"{table(results)}\n\n{recall_table(results)}\n"
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.format == "PNG"
 
 
 @pytest.mark.parametrize(
@@ -180,6 +232,13 @@ def test_more_tasks_are_more_panels(tmp_path):
         (["--json", "nowhere/scores.json"], "--json: no such folder: 'nowhere'"),
         (["--device", "toaster"], "--device: cannot use 'toaster'"),
         (["--device", "cuda:99"], "--device: cannot use 'cuda:99'"),
+        (["--plot", "plot.doc"], "--plot: 'plot.doc' has no ending that matplotlib can draw: "),
+        (["--read", "nowhere.json"], "--read: no such file: 'nowhere.json'"),
+        (
+            ["--read", str(RESULTS / "decoding.json")],
+            "decoding.json' is no JSON file of compare.py: KeyError('results')",
+        ),
+        (["--read", str(RESULTS / "compare.json"), "--json", "x.json"], "--json goes without --read"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message, capsys):
@@ -196,7 +255,7 @@ def test_a_budget_that_a_method_cannot_keep_is_refused_before_anything_is_measur
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--plot", "plot.png"], '--plot needs matplotlib: pip install "mmshiftkv[plot]"'),
+        (["--plot", "plot.png"], '--plot: needs matplotlib: pip install "mmshiftkv[plot]"'),
         ([], 'without --builtin-font-only needs matplotlib: pip install "mmshiftkv[plot]"'),
     ],
 )

@@ -1,14 +1,17 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
-import torch
 
-import models
-from benchmarks.quality import variations, variations_note
-from mmshiftkv import ShiftKVConfig
-from mmshiftkv.methods.shiftkv import ShiftKV
+from benchmarks.quality import variations
+from benchmarks.quality.questions import DEVELOPMENT_SEED
+from benchmarks.quality.variation import Variation, all_variations
+from benchmarks.quality.variations_report import note
 from tiny_vlm.pages import HELD_OUT_SEED
 
+RESULTS = Path(variations.__file__).parents[1] / "results"
+TEST_RECORD = str(RESULTS / "variations_test.json")
 SMALL = ["--count", "2", "--batch-size", "2", "--device", "cpu", "--tasks", "lookup", "--budgets", "48", "8"]
 
 
@@ -22,50 +25,21 @@ def written(tmp_path_factory):
     return files
 
 
-def scores_of(method, tokens=40):
-    """The scores that a method gives in each layer of a small model."""
-    seen = []
-
-    class Watched:
-        observe = method.observe
-
-        def score(self, *args):
-            seen.append(method.score(*args))
-            return seen[-1]
-
-    model = models.text_model()
-    cache = variations.PrefillSelectionCache(model, Watched(), 8)
-    with torch.no_grad():
-        model(models.prompt_ids(tokens=tokens), past_key_values=cache, use_cache=True)
-    return seen
-
-
 def test_names_and_settings_are_distinct_and_every_one_makes_a_cache(tiny):
-    every = variations.all_variations()
+    every = all_variations()
     assert len({one.name for one in every}) == len({repr((one.settings, one.weights)) for one in every}) == len(every)
-    assert every[0] == variations.Variation("published")
+    assert every[0] == Variation("published")
     for one in every:
         one.make_cache(tiny[0], 64)
 
 
 def test_the_documents_are_not_those_of_the_test_set():
-    assert variations.parse_arguments([]).seed == variations.DEVELOPMENT_SEED != HELD_OUT_SEED
-
-
-def test_a_last_query_of_weight_one_is_the_published_one():
-    config = ShiftKVConfig(budget=8, num_proxies=64, num_groups=8)
-    published = scores_of(ShiftKV(config))
-    for found, expected in zip(scores_of(variations.WeightedLastQuery(config)), published, strict=True):
-        assert found.equal(expected)
-    for found, expected in zip(scores_of(variations.WeightedLastQuery(config, 1, 0)), published, strict=True):
-        assert found.equal(expected.floor())
-    without = scores_of(variations.WeightedLastQuery(config, 0, 1))
-    assert any(not found.equal(expected) for found, expected in zip(without, published, strict=True))
+    assert variations.parse_arguments([]).seed == DEVELOPMENT_SEED != HELD_OUT_SEED
 
 
 def test_json_holds_every_result_and_its_difference(written):
     run = json.loads(written[0].read_text(encoding="utf-8"))
-    assert run["settings"]["seed"] == variations.DEVELOPMENT_SEED
+    assert run["settings"]["seed"] == DEVELOPMENT_SEED
     assert [result["budget"] for result in run["results"]] == [48] * 4 + [8] * 4
     for budget in (48, 8):
         results = [result for result in run["results"] if result["budget"] == budget]
@@ -82,13 +56,13 @@ def test_json_holds_every_result_and_its_difference(written):
 def test_the_note_has_a_row_for_each_variation_and_columns_for_each_run(written, tmp_path):
     run = json.loads(written[0].read_text(encoding="utf-8"))
     single = written[1].read_text(encoding="utf-8")
-    assert single == variations_note.note([run])
+    assert single == note([run])
     test_run = {**run, "settings": {**run["settings"], "seed": HELD_OUT_SEED}}
     test_run["results"] = [result for result in run["results"] if result["variation"] in ("published", "gamma=1.0")]
     (tmp_path / "test.json").write_text(json.dumps(test_run), encoding="utf-8")
     variations.main(["--from", str(written[0]), str(tmp_path / "test.json"), "--note", str(tmp_path / "both.md")])
     both = (tmp_path / "both.md").read_text(encoding="utf-8")
-    head, _, *rows = [line.strip("| ").split(" | ") for line in both.splitlines() if line.startswith("|")]
+    head, _, *rows = [re.split(r" +\| +", line.strip("| ")) for line in both.splitlines() if line.startswith("|")]
     assert head[1::2] == ["development, 48", "development, 8", "test, 48", "test, 8"]
     assert {row[0]: row[5] == "-" for row in rows} == {
         "published": False,
@@ -104,7 +78,15 @@ def test_the_note_has_a_row_for_each_variation_and_columns_for_each_run(written,
     ("options", "words"),
     [
         (["--only", "gama=1"], "invalid choice: 'gama=1'"),
-        (["--from", "nowhere.json", "--note", "note.md"], "'nowhere.json' is no JSON file of variations.py"),
+        (["--from", "nowhere.json", "--note", "note.md"], "--from: no such file: 'nowhere.json'"),
+        (
+            ["--from", str(RESULTS / "compare.json"), "--note", "note.md"],
+            "compare.json' is no JSON file of variations.py",
+        ),
+        (
+            ["--from", str(RESULTS / "variations_test.json"), "--note", "x.md", "--json", "x.json"],
+            "--json goes without",
+        ),
         (["--count", "0"], "needs a whole number, at least 1"),
         (["--json", "nowhere/run.json"], "no such folder"),
     ],
@@ -113,6 +95,18 @@ def test_wrong_arguments_are_named(options, words, capsys):
     with pytest.raises(SystemExit):
         variations.main(options)
     assert words in capsys.readouterr().err
+
+
+def test_the_note_of_this_repository_is_that_of_its_records(tmp_path):
+    files = [str(RESULTS / f"variations_{name}.json") for name in ("development", "test")]
+    variations.main(["--from", *files, "--note", str(tmp_path / "note.md")])
+    assert (tmp_path / "note.md").read_text(encoding="utf-8") == (RESULTS / "variations.md").read_text(encoding="utf-8")
+
+
+def test_the_records_of_this_repository_have_the_variations_of_the_script():
+    recorded = json.loads((RESULTS / "variations_development.json").read_text(encoding="utf-8"))
+    settings = {one.name: {**one.settings, **one.weights} for one in all_variations()}
+    assert {result["variation"]: result["settings"] for result in recorded["results"]} == settings
 
 
 def test_runs_without_a_note_are_refused(written, capsys):

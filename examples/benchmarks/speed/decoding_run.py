@@ -1,0 +1,107 @@
+"""Loads what speed_and_memory.py is asked to measure, and measures decoding."""
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from benchmarks import report
+from benchmarks.speed import decoding
+from benchmarks.speed.random_models import random_model
+from benchmarks.speed.rows import UNTIMED
+from common import TINY_MODEL, errors_in_one_line
+
+
+def load_model(arguments: argparse.Namespace) -> Any:
+    """The model to decode with, on its device, ready for inference."""
+    name, device = arguments.model or str(TINY_MODEL), arguments.device
+    if arguments.random_weights:
+        dtype = getattr(torch, arguments.dtype)
+        return random_model(arguments.random_weights, device, dtype, attention=arguments.attn)
+    sees_images = type(AutoConfig.from_pretrained(name)) in AutoModelForImageTextToText._model_mapping
+    auto = AutoModelForImageTextToText if sees_images else AutoModelForCausalLM
+    model = auto.from_pretrained(name, dtype=arguments.dtype, attn_implementation=arguments.attn)
+    return model.to(device).eval()
+
+
+def fitting_lengths(model: Any, arguments: argparse.Namespace) -> list[int]:
+    """The lengths, less those of the defaults that the model has no positions for.
+
+    Raises:
+        ValueError: there are none left, or one that was asked for is too long.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return arguments.lengths
+    fitting = [tokens for tokens in arguments.lengths if tokens + arguments.new_tokens <= positions]
+    left_out = [tokens for tokens in arguments.lengths if tokens not in fitting]
+    if left_out:
+        reason = f"with {arguments.new_tokens} new tokens {left_out} are more than the model's {positions} positions"
+        if not (arguments.may_drop_lengths and fitting):
+            raise ValueError(f"--lengths: {reason}")
+        print(f"left out: {reason}", file=sys.stderr)
+    return fitting
+
+
+def cache_kinds(model: Any, arguments: argparse.Namespace) -> list[decoding.CacheKind]:
+    """The caches that were asked for.
+
+    Raises:
+        TypeError, ValueError: one of them does not support the model.
+    """
+    kinds = []
+    if "dynamic" in arguments.caches:
+        kinds.append(decoding.dynamic_kind(model))
+    if "static" in arguments.caches:
+        kinds.append(decoding.static_kind(model))
+    if "shiftkv" in arguments.caches:
+        for budget in arguments.budgets:
+            kind = decoding.shiftkv_kind(model, budget)
+            kinds += [kind, decoding.decode_ahead_kind(kind)]
+    for kind in kinds:
+        kind.make_cache(arguments.lengths[0], arguments.new_tokens)
+    return kinds
+
+
+def decoding_settings(model: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the rows were measured with, for the file of `--json`."""
+    folder = Path(arguments.model or TINY_MODEL)
+    checkpoint = folder.resolve().name if folder.is_dir() else arguments.model
+    names = ("lengths", "batches", "budgets", "caches", "new_tokens", "repeats")
+    return {
+        "model": f"{arguments.random_weights}, random weights" if arguments.random_weights else checkpoint,
+        "model_bytes": sum(part.nbytes for part in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": arguments.attn,
+        **{name: getattr(arguments, name) for name in names},
+        "untimed_tokens": UNTIMED,
+    }
+
+
+def decode(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures decoding; the record of it, which is also written to the file of `--json`."""
+    with errors_in_one_line():  # a checkpoint, lengths or a model that will not do
+        model = load_model(arguments)
+        arguments.lengths = fitting_lengths(model, arguments)
+        kinds = cache_kinds(model, arguments)
+    record: dict[str, Any] = {
+        "settings": decoding_settings(model, arguments),
+        "environment": report.environment(model.device),
+        "rows": [],
+    }
+    for rows in decoding.measure(
+        model,
+        kinds,
+        batches=arguments.batches,
+        lengths=arguments.lengths,
+        new_tokens=arguments.new_tokens,
+        repeats=arguments.repeats,
+    ):
+        record["rows"] += [asdict(row) for row in rows]
+        if arguments.json:
+            report.write_record(arguments.json, record)
+    return record

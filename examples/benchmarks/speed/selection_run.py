@@ -1,0 +1,61 @@
+"""Measures what speed_and_memory.py --selection asks for, and shows it."""
+
+import argparse
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import report
+from benchmarks.speed import prefill, selection
+from benchmarks.speed.random_models import random_model
+
+PREFILL_REPEATS = 7
+
+
+def measure_selection(arguments: argparse.Namespace, device: torch.device) -> tuple[tuple[float, float], list[Any]]:
+    """The measured rates, and a row for each batch size and length."""
+    shapes = selection.TINY if arguments.tiny else selection.Shapes(budget=arguments.budgets[0])
+    rates = selection.measured_rates(device)
+    cases = [(batch, tokens) for batch in arguments.batches for tokens in arguments.lengths]
+    rows = [
+        selection.measure(shapes, batch, tokens, device, arguments.repeats, rates, "auto")
+        for batch, tokens in tqdm(cases, desc="selection", unit="case")
+    ]
+    return rates, rows
+
+
+def measure_prefill(arguments: argparse.Namespace, device: torch.device) -> list[prefill.Prefill]:
+    """Prefills of one row of tokens, at each length."""
+    name, dtype = ("tiny", torch.float32) if arguments.tiny else ("qwen2.5-vl-7b", torch.bfloat16)
+    model = random_model(name, device, dtype)
+    return prefill.measure(
+        model,
+        lengths=arguments.lengths,
+        batches=[1],
+        budget=arguments.budgets[0],
+        repeats=min(arguments.repeats, PREFILL_REPEATS),
+    )
+
+
+def select(arguments: argparse.Namespace) -> None:
+    """Measures the selection and prefills; prints the tables and writes what was asked for."""
+    device = arguments.device
+    rates, rows = measure_selection(arguments, device)
+    prefills = measure_prefill(arguments, device)
+    print(f"measured: matrix products {rates[0] / 1e12:.1f} TFLOP/s, copies {rates[1] / 1e9:.0f} GB/s")
+    print("\nselection, milliseconds per layer (steps: from graph replay)")
+    print(selection.table(rows))
+    print("\nprefill to the first token, cache building included")
+    print(prefill.table(prefills))
+    if arguments.json:
+        settings = {name: getattr(arguments, name) for name in ("selection", "lengths", "batches", "repeats", "tiny")}
+        record = {
+            "settings": {**settings, "budget": arguments.budgets[0]},
+            "environment": report.environment(device),
+            "rates": {"products_per_second": rates[0], "bytes_per_second": rates[1]},
+            "selection": [asdict(row) for row in rows],
+            "prefill": [asdict(row) for row in prefills],
+        }
+        report.write_record(arguments.json, record)
