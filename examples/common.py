@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).resolve().parent / "assets"
 TINY_MODEL = ASSETS / "tiny_qwen2_5_vl"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-# The methods by the names that people read. The keys are `mmshiftkv.METHODS`, written down once more: importing it takes
-# seconds, which `--help` must not.
+# The methods by the names that people read. The keys are `mmshiftkv.METHODS`, written down once more because importing
+# them takes seconds, which `--help` must not.
 METHOD_NAMES = {
     "full": "full cache",
     "shiftkv": "ShiftKV",

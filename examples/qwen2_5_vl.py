@@ -10,6 +10,7 @@ install (`apt install ffmpeg`, `conda install ffmpeg`, `brew install ffmpeg`), o
 
 import argparse
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -51,21 +52,21 @@ def needs_video(file: str) -> None:
     """
     if find_spec("torchcodec"):
         try:
-            from torchcodec.decoders import VideoDecoder as Reader
+            reader = import_module("torchcodec.decoders").VideoDecoder
         except (ImportError, OSError, RuntimeError) as error:
             raise argparse.ArgumentTypeError(
                 "torchcodec does not load: it needs FFmpeg's libraries (apt install ffmpeg) and the torch that it was "
                 "built for; without them, give the frames with --frame"
             ) from error
     elif find_spec("decord"):
-        from decord import VideoReader as Reader
+        reader = import_module("decord").VideoReader
     else:
         raise argparse.ArgumentTypeError(
             "--video needs torchcodec (pip install torchcodec) and FFmpeg's libraries (apt install ffmpeg), or decord "
             "(pip install decord); without them, give the frames with --frame"
         )
     try:
-        Reader(file)
+        reader(file)
     except RuntimeError as error:
         raise argparse.ArgumentTypeError(f"not a video that can be read: {file!r}") from error
 
