@@ -121,6 +121,13 @@ def choose_device(text: str) -> "torch.device":
     return device
 
 
+def device_map(text: str) -> str:
+    """An argparse type: where transformers puts a model's weights, a device that is there or a way to spread them."""
+    if text not in ("auto", "balanced", "balanced_low_0", "sequential"):
+        choose_device(text)
+    return text
+
+
 def needs_package(name: str, extra: str) -> None:
     """Raises argparse.ArgumentTypeError, with the command that helps, unless a package is installed."""
     if importlib.util.find_spec(name) is None:
@@ -227,5 +234,7 @@ def family_arguments(default_model: str) -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=positive_integer, default=256, help="default: %(default)s")
     parser.add_argument("--attn", default="sdpa", help="attention implementation (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: that of the checkpoint")
-    parser.add_argument("--device-map", default="auto", help="where the weights go (default: %(default)s)")
+    parser.add_argument(
+        "--device-map", type=device_map, default="auto", help="where the weights go (default: %(default)s)"
+    )
     return parser

@@ -50,24 +50,22 @@ def needs_video(file: str) -> None:
 
     It takes torchcodec where that is installed, with or without FFmpeg, and decord otherwise.
     """
-    if find_spec("torchcodec"):
-        try:
-            reader = import_module("torchcodec.decoders").VideoDecoder
-        except (ImportError, OSError, RuntimeError) as error:
-            raise argparse.ArgumentTypeError(
-                "torchcodec does not load: it needs FFmpeg's libraries (apt install ffmpeg) and the torch that it was "
-                "built for; without them, give the frames with --frame"
-            ) from error
-    elif find_spec("decord"):
-        reader = import_module("decord").VideoReader
-    else:
+    if not (find_spec("torchcodec") or find_spec("decord")):
         raise argparse.ArgumentTypeError(
             "--video needs torchcodec (pip install torchcodec) and FFmpeg's libraries (apt install ffmpeg), or decord "
             "(pip install decord); without them, give the frames with --frame"
         )
     try:
-        reader(file)
-    except RuntimeError as error:
+        if find_spec("torchcodec"):
+            import_module("torchcodec.decoders").VideoDecoder(file)
+        else:
+            import_module("decord").VideoReader(file)
+    except (ImportError, OSError, RuntimeError) as error:
+        if "load libtorchcodec" in str(error):
+            raise argparse.ArgumentTypeError(
+                "torchcodec does not load: it needs FFmpeg's libraries (apt install ffmpeg) and the torch that it was "
+                "built for; without them, give the frames with --frame"
+            ) from error
         raise argparse.ArgumentTypeError(f"not a video that can be read: {file!r}") from error
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from benchmarks.quality import compare
+from common import TINY_MODEL
 from tiny_vlm.answering import load
 
 
@@ -17,4 +17,4 @@ def single_thread():
 @pytest.fixture(scope="session")
 def tiny():
     """The embedded model in float32, and its processor."""
-    return load(compare.DEFAULT_MODEL)
+    return load(TINY_MODEL)

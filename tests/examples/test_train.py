@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from benchmarks.quality import compare
+from common import TINY_MODEL
 from tiny_vlm.batches import (
     ANSWER_START,
     END,
@@ -23,7 +23,8 @@ from tiny_vlm.documents import sample_page
 from tiny_vlm.forward import FastForward, check_against_reference
 from tiny_vlm.pages import TASKS
 from tiny_vlm.pixels import paint, patchify, two_frames
-from tiny_vlm.train import Schedule, learning_rate, main, parse
+from tiny_vlm.train import main, parse
+from tiny_vlm.training import Schedule, learning_rate
 
 SMALL_RUN = ["--shrink", "64", "--workers", "0", "--no-compile", "--no-graphs", "--warmup", "1"]
 
@@ -50,7 +51,7 @@ def test_two_steps_write_a_checkpoint_that_loads(tmp_path, capsys):
 
 
 def test_training_goes_on_from_a_checkpoint(tmp_path):
-    init = ["--init", str(compare.DEFAULT_MODEL), "--start", "0.1"]
+    init = ["--init", str(TINY_MODEL), "--start", "0.1"]
     main(["--out", str(tmp_path), "--steps", "1", *init, *SMALL_RUN])
     (row,) = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
     assert row["loss"] < 0.05
@@ -75,7 +76,7 @@ def test_segments_do_not_see_one_another(tiny, batch):
 
 def test_patches_are_those_of_the_processor():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (112, 168, 3), dtype=np.uint8))
-    processed = AutoProcessor.from_pretrained(compare.DEFAULT_MODEL).image_processor(image, return_tensors="pt")
+    processed = AutoProcessor.from_pretrained(TINY_MODEL).image_processor(image, return_tensors="pt")
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
     assert torch.allclose(two_frames(patchify(pixels)), processed["pixel_values"], atol=1e-5)
 

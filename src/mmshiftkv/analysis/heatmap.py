@@ -37,7 +37,7 @@ _TITLE_SIZE, _HEADING_SIZE, _FONT_SIZE, _BAR_SIZE = (
 _CHARACTER = 0.63 * _FONT_SIZE / 72  # a little more than DejaVu Sans Mono's advance
 _NEWLINE_STRIP = 0.04  # of the picture's width: the strip for the tokens that end rows, and the gap before it
 
-_CAPTIONS = {"crops": "crops (right: the tokens that end rows)"}
+_CAPTIONS = {"crops": "crops (right: row ends)"}
 
 
 @dataclass(frozen=True)
@@ -369,14 +369,13 @@ def _bar_label(token_map: VisualTokenMap, height: float) -> str:
 
 def _draw_color_bar(figure: "Figure", layout: _Layout, left: float, colors: "ScalarMappable") -> None:
     """The colours of the counts, and below them a box for no head at all, which has none."""
-    from matplotlib.patches import Rectangle
     from matplotlib.ticker import MaxNLocator
 
     bottom = layout.panel_bottom
     blank = layout.axes(figure, left, bottom, _BAR, _BAR)
-    blank.add_patch(Rectangle((0, 0), 1, 1, facecolor="white", edgecolor="black", linewidth=0.8, clip_on=False))
-    blank.text(1 + 0.055 / _BAR, 0.5, "0", va="center_baseline", fontsize=_BAR_SIZE)
-    blank.set_axis_off()
+    blank.set(facecolor="white", xticks=[], yticks=[0.5], yticklabels=["0"])
+    blank.yaxis.tick_right()
+    blank.tick_params(labelsize=_BAR_SIZE)
 
     start = 1.4 * _BAR
     axes = layout.axes(figure, left, bottom + start, _BAR, layout.panel_height - start)
