@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib.util
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -13,8 +14,19 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).resolve().parent / "assets"
 TINY_MODEL = ASSETS / "tiny_qwen2_5_vl"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-# `mmshiftkv.METHODS`, written down once more: importing it takes seconds, which `--help` must not.
-METHODS = ("full", "shiftkv", "random", "streaming_llm", "expected_attention", "snapkv", "keydiff")
+# The methods by the names that people read. The keys are `mmshiftkv.METHODS`, written down once more because importing
+# them takes seconds, which `--help` must not.
+METHOD_NAMES = {
+    "full": "full cache",
+    "shiftkv": "ShiftKV",
+    "random": "Random",
+    "streaming_llm": "StreamingLLM",
+    "expected_attention": "ExpectedAttention",
+    "snapkv": "SnapKV",
+    "keydiff": "KeyDiff",
+}
+METHODS = tuple(METHOD_NAMES)
+LONGEST_ERROR = 400  # characters; of a longer message only the first line is shown
 
 
 def script_parser(documentation: str | None, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -49,6 +61,19 @@ def existing_file(text: str) -> str:
     """An argparse type: the path of a file that exists."""
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"no such file: {text!r}")
+    return text
+
+
+def image_file(text: str) -> str:
+    """An argparse type: the path of a file that Pillow reads as an image."""
+    needs_package("PIL", "vision")
+    from PIL import Image
+
+    try:
+        with Image.open(existing_file(text)) as image:
+            image.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise argparse.ArgumentTypeError(f"not an image that can be read: {text!r}") from error
     return text
 
 
@@ -89,11 +114,18 @@ def choose_device(text: str) -> "torch.device":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(text)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"cannot use {text!r}: {reason}") from error
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise argparse.ArgumentTypeError(f'cannot use {text!r} ({reason}); "cpu" always works') from error
     return device
+
+
+def device_map(text: str) -> str:
+    """An argparse type: where transformers puts a model's weights, a device that is there or a way to spread them."""
+    if text not in ("auto", "balanced", "balanced_low_0", "sequential"):
+        choose_device(text)
+    return text
 
 
 def needs_package(name: str, extra: str) -> None:
@@ -102,18 +134,90 @@ def needs_package(name: str, extra: str) -> None:
         raise argparse.ArgumentTypeError(f'needs {name}: pip install "mmshiftkv[{extra}]"')
 
 
+def needs_checkpoint(name: str) -> None:
+    """Raises argparse.ArgumentTypeError unless there is a checkpoint to load: a folder, or a model on the hub.
+
+    Without network transformers asks the hub for one file after the other, for minutes, before it says so.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise argparse.ArgumentTypeError(f"no checkpoint in the folder {name!r}: it has no config.json")
+        return
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        if try_to_load_from_cache(name, "config.json") is None:
+            HfApi().model_info(name, timeout=10)
+    except HFValidationError as error:
+        raise argparse.ArgumentTypeError(f"no such folder: {name!r}") from error
+    except RepositoryNotFoundError as error:
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is neither a folder nor a model on the Hugging Face hub; a private one needs `hf auth login`"
+        ) from error
+    except Exception as error:  # a failed connection is an error of whatever network library the hub's client uses
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is not a folder, and the Hugging Face hub cannot be asked for it ({reason}): "
+            "give a local folder, or check the network"
+        ) from error
+
+
 def fail(error: object) -> NoReturn:
     """Ends the script with status 1 and one line on what is wrong."""
-    raise SystemExit(f"error: {' '.join(str(error).split())}")
+    text = str(error).strip()
+    if len(text) > LONGEST_ERROR:
+        text = text.splitlines()[0]
+    raise SystemExit(f"error: {' '.join(text.split())}")
 
 
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Around what a user may have got wrong: a checkpoint, a setting, a model that is not supported."""
+    """Around what a user may have got wrong: a package, a checkpoint, a setting, a model that is not supported."""
     try:
         yield
-    except (OSError, ImportError, TypeError, ValueError) as error:
+    except (argparse.ArgumentTypeError, OSError, ImportError, TypeError, ValueError) as error:
         fail(error)
+
+
+def sample_documents() -> dict[str, list[dict[str, str]]]:
+    """The names of the image files in `ASSETS`; of each, its questions and answers."""
+    documents: dict[str, list[dict[str, str]]] = json.loads((ASSETS / "documents.json").read_text(encoding="utf-8"))
+    return documents
+
+
+def fill_in_sample(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Sets image and question to those of the first sample document where none are given.
+
+    An image without a question is an error of the parser.
+    """
+    if arguments.image is None:
+        name, questions = next(iter(sample_documents().items()))
+        arguments.image = str(ASSETS / name)
+        arguments.question = arguments.question or questions[0]["question"]
+    elif arguments.question is None:
+        parser.error("--image needs a --question")
+
+
+def true_answer(image: str, question: str) -> str | None:
+    """The answer to a question about a sample document; None for what is not in the samples."""
+    path = Path(image).resolve()
+    if path.parent != ASSETS:
+        return None
+    answers = (sample["answer"] for sample in sample_documents().get(path.name, []) if sample["question"] == question)
+    return next(answers, None)
+
+
+def model_arguments() -> argparse.ArgumentParser:
+    """What a script takes that runs the small model, or another one, on one device; to be used as a parent parser."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument
+    add("--model", default=str(TINY_MODEL), help="hub id or local folder (default: the model next to this script)")
+    add("--max-new-tokens", type=positive_integer, default=64, help="of the answer (default: %(default)s)")
+    add("--device", type=choose_device, default="auto", help='such as "cpu" (default: the GPU if there is one)')
+    add("--dtype", choices=DTYPES, default="auto", help="default: that of the checkpoint")
+    return parser
 
 
 def family_arguments(default_model: str) -> argparse.ArgumentParser:
@@ -130,5 +234,7 @@ def family_arguments(default_model: str) -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=positive_integer, default=256, help="default: %(default)s")
     parser.add_argument("--attn", default="sdpa", help="attention implementation (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: that of the checkpoint")
-    parser.add_argument("--device-map", default="auto", help="where the weights go (default: %(default)s)")
+    parser.add_argument(
+        "--device-map", type=device_map, default="auto", help="where the weights go (default: %(default)s)"
+    )
     return parser

@@ -11,7 +11,6 @@ Hugging Face token (`hf auth login`), and computes TextCaps' CIDEr with Java.
 """
 
 import argparse
-import importlib.util
 import json
 import shlex
 import subprocess
@@ -21,8 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import budget, positive_integer
-from mmshiftkv import METHODS
+from common import (
+    METHODS,
+    budget,
+    errors_in_one_line,
+    existing_folder,
+    fail,
+    needs_checkpoint,
+    needs_package,
+    positive_integer,
+    script_parser,
+)
 
 # lmms-eval's name of the model, and the default checkpoint
 FAMILIES = {
@@ -54,30 +62,31 @@ class Run:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The checked arguments; exits with a message when they are wrong or lmms-eval is missing."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    """The checked arguments; exits with a message when they are wrong."""
+    parser = script_parser(__doc__)
     add = parser.add_argument
-    add("family", choices=FAMILIES)
-    add("--model", help="hub id or local folder; by default the 7B checkpoint of the paper")
-    add("--methods", nargs="+", choices=METHODS, default=["full", "shiftkv"], help="ways to compress the cache")
-    add("--budgets", nargs="+", type=budget, default=[64, 128, 256, 512], help="prompt tokens kept, or the share")
-    add("--tasks", nargs="+", default=list(TASKS), help="names that lmms-eval knows")
-    add("--include-path", type=Path, help="folder with more tasks")
-    add("--limit", type=positive_integer, help="documents a task, to try it out; by default all")
-    add("--batch-size", type=positive_integer, default=1, help="lmms-eval's LLaVA takes 1 only")
-    add("--processes", type=positive_integer, default=1, help="GPUs, each with a copy of the model")
-    add("--model-args", default="", help="more of lmms-eval's model_args: attn_implementation=sdpa,gamma=8")
-    add("--output", type=Path, default=Path("evaluation"), help="folder for the results")
+    add("family", choices=FAMILIES, help="lmms-eval's class of models")
+    add("--model", help="hub id or local folder (default: the 7B checkpoint of the paper)")
+    add("--methods", nargs="+", choices=METHODS, default=["full", "shiftkv"], help="default: %(default)s")
+    add(
+        "--budgets",
+        nargs="+",
+        type=budget,
+        default=[64, 128, 256, 512],
+        help="prompt tokens to keep per layer and head, or the fraction of them in (0, 1] (default: %(default)s)",
+    )
+    add("--tasks", nargs="+", default=list(TASKS), help="names that lmms-eval knows (default: %(default)s)")
+    add("--include-path", type=existing_folder, help="folder with more tasks")
+    add("--limit", type=positive_integer, help="documents a task, to try it out (default: all)")
+    add("--batch-size", type=positive_integer, default=1, help="lmms-eval's LLaVA takes 1 only (default: %(default)s)")
+    add("--processes", type=positive_integer, default=1, help="GPUs, each with a copy of the model (default: 1)")
+    add("--model-args", default="", help="more of lmms-eval's model_args, such as attn_implementation=sdpa,gamma=8")
+    add("--output", type=Path, default=Path("evaluation"), help="folder for the results (default: %(default)s)")
     add("--dry-run", action="store_true", help="print the commands only")
     arguments = parser.parse_args(argv)
     if arguments.batch_size > 1 and arguments.family == "llava":
         parser.error(f"--batch-size {arguments.batch_size}: lmms-eval's LLaVA takes 1 only")
-    if not arguments.dry_run:
-        for package in ("lmms_eval", "decord"):
-            if importlib.util.find_spec(package) is None:
-                parser.error(f'{package} is not installed: pip install "mmshiftkv[eval]"')
+    arguments.model = arguments.model or FAMILIES[arguments.family][1]
     return arguments
 
 
@@ -92,8 +101,8 @@ def runs(arguments: argparse.Namespace) -> list[Run]:
 
 def command(run: Run, arguments: argparse.Namespace) -> list[str]:
     """What evaluates one run."""
-    name, checkpoint = FAMILIES[arguments.family]
-    model_args = [f"pretrained={arguments.model or checkpoint}", f"method={run.method}"]
+    name, _ = FAMILIES[arguments.family]
+    model_args = [f"pretrained={arguments.model}", f"method={run.method}"]
     model_args += [] if run.budget is None else [f"budget={run.budget}"]
     model_args += [arguments.model_args] if arguments.model_args else []
     several = ["-m", "accelerate.commands.launch", f"--num_processes={arguments.processes}"]
@@ -151,11 +160,19 @@ def table(scores: dict[Run, dict[str, float]], tasks: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; without `argv`, that of the program."""
     arguments = parse_arguments(argv)
+    if not arguments.dry_run:
+        with errors_in_one_line():
+            needs_package("lmms_eval", "eval")
+            needs_package("decord", "eval")
+            needs_checkpoint(arguments.model)
     scores: dict[Run, dict[str, float]] = {}
     for run in runs(arguments):
         print(shlex.join(command(run, arguments)), flush=True)
         if not arguments.dry_run:
-            scores[run] = evaluate(run, arguments)
+            try:
+                scores[run] = evaluate(run, arguments)
+            except RuntimeError as error:
+                fail(error)
     if scores:
         print(table(scores, arguments.tasks))
 

@@ -7,21 +7,26 @@ Without arguments nothing is downloaded: a small Qwen2.5-VL that reads synthetic
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from common import (
+    budget,
+    errors_in_one_line,
+    fill_in_sample,
+    image_file,
+    model_arguments,
+    needs_checkpoint,
+    needs_package,
+    script_parser,
+)
 
-from common import DTYPES, budget, existing_file, positive_integer
-from mmshiftkv import CACHE_ARGUMENT, ShiftKVCache
-from mmshiftkv.report import format_bytes
+if TYPE_CHECKING:
+    from transformers import DynamicCache
 
-ASSETS = Path(__file__).resolve().parent / "assets"
+# Functions import what takes seconds, so that `--help` answers at once.
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,8 @@ class Row:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, with image and question filled in from the sample documents where none are given."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument(
-        "--model",
-        default=str(ASSETS / "tiny_qwen2_5_vl"),
-        help="hub id or local folder (default: the small Qwen2.5-VL next to this script)",
-    )
-    parser.add_argument("--image", type=existing_file, help="image file (default: a sample document)")
+    parser = script_parser(__doc__, model_arguments())
+    parser.add_argument("--image", type=image_file, help="image file (default: a sample document)")
     parser.add_argument("--question", help="needed with --image (default: the sample document's)")
     parser.add_argument(
         "--budget",
@@ -52,22 +52,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[128, 64, 32, 16],
         help="prompt tokens to keep per layer and head, or the fraction of them in (0, 1] (default: %(default)s)",
     )
-    parser.add_argument("--max-new-tokens", type=positive_integer, default=64, help="default: %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: that of the checkpoint")
     arguments = parser.parse_args(argv)
-    if arguments.image is not None and arguments.question is None:
-        parser.error("--image needs a --question")
-    if arguments.image is None:
-        documents = json.loads((ASSETS / "documents.json").read_text(encoding="utf-8"))
-        name, questions = next(iter(documents.items()))
-        arguments.image = str(ASSETS / name)
-        arguments.question = arguments.question or questions[0]["question"]
+    fill_in_sample(parser, arguments)
     return arguments
 
 
 def build_inputs(processor: Any, image: str, question: str) -> Any:
     """The tensors that `generate` takes, for one user message: the image, then the question."""
+    from PIL import Image
+
     content = [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": question}]
     return processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -78,14 +71,18 @@ def build_inputs(processor: Any, image: str, question: str) -> Any:
     )
 
 
-def generate_answer(model: Any, processor: Any, inputs: Any, cache: DynamicCache, max_new_tokens: int) -> str:
+def generate_answer(model: Any, processor: Any, inputs: Any, cache: "DynamicCache", max_new_tokens: int) -> str:
     """The model's greedy answer; `cache` must be empty, and holds prompt and answer afterwards."""
+    from mmshiftkv import CACHE_ARGUMENT
+
     output = model.generate(**inputs, **{CACHE_ARGUMENT: cache}, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
 def full_row(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> Row:
     """The row of the library's own cache."""
+    from transformers import DynamicCache
+
     cache = DynamicCache(config=model.config)
     answer = generate_answer(model, processor, inputs, cache, max_new_tokens)
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -95,6 +92,8 @@ def full_row(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> Ro
 
 def compressed_row(model: Any, processor: Any, inputs: Any, max_new_tokens: int, tokens: int | float) -> Row:
     """The row of a cache that keeps `tokens` of the prompt, or that fraction of it."""
+    from mmshiftkv import ShiftKVCache
+
     cache = ShiftKVCache(model, budget=tokens)
     answer = generate_answer(model, processor, inputs, cache, max_new_tokens)
     prompt = inputs["input_ids"].shape[1]
@@ -106,6 +105,8 @@ def compressed_row(model: Any, processor: Any, inputs: Any, max_new_tokens: int,
 
 def format_table(rows: Sequence[Row]) -> str:
     """The rows under a header, in aligned columns; a line break in an answer becomes " / "."""
+    from mmshiftkv.report import format_bytes
+
     lines = [("cache", "tokens seen", "kept per head", "cache size", "answer")]
     for row in rows:
         answer = " / ".join(row.answer.splitlines())
@@ -116,15 +117,26 @@ def format_table(rows: Sequence[Row]) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the script with these arguments, or with those of the command line."""
-    arguments = parse_arguments(argv)
+def measure(arguments: argparse.Namespace) -> list[Row]:
+    """The row of the full cache, then one for each budget."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
     processor = AutoProcessor.from_pretrained(arguments.model)
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=arguments.dtype).to(arguments.device)
     inputs = build_inputs(processor, arguments.image, arguments.question).to(model.device, model.dtype)
-
     rows = [full_row(model, processor, inputs, arguments.max_new_tokens)]
     rows += [compressed_row(model, processor, inputs, arguments.max_new_tokens, tokens) for tokens in arguments.budget]
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script with these arguments, or with those of the command line."""
+    arguments = parse_arguments(argv)
+    with errors_in_one_line():
+        needs_package("PIL", "vision")
+        needs_package("torchvision", "vision")
+        needs_checkpoint(arguments.model)
+        rows = measure(arguments)
     print(f"image: {Path(arguments.image).name}\nquestion: {arguments.question}\n")
     print(format_table(rows))
     print("\nTokens are those of the prompt; the size also covers the answer and slots reserved for more of it.")

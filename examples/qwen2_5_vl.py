@@ -4,38 +4,69 @@
     python qwen2_5_vl.py --video clip.mp4 --question "What happens?" --budget 256
     python qwen2_5_vl.py --frame 1.png --frame 2.png --frame 3.png --frame 4.png --question "What happens?"
 
-Needs `qwen-vl-utils` and `accelerate`; a video file also needs `torchcodec`.
+Needs `pip install "mmshiftkv[vision]"`. A video file also needs `torchcodec` and FFmpeg's libraries, which pip does not
+install (`apt install ffmpeg`, `conda install ffmpeg`, `brew install ffmpeg`), or `decord`, which brings its own.
 """
 
 import argparse
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qwen_vl_utils import process_vision_info
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from common import (
+    errors_in_one_line,
+    existing_file,
+    family_arguments,
+    image_file,
+    needs_checkpoint,
+    needs_package,
+    script_parser,
+)
 
-from common import existing_file, family_arguments
-from mmshiftkv import CACHE_ARGUMENT, ShiftKVCache
+if TYPE_CHECKING:
+    from mmshiftkv import CacheReport
+
+# Functions import what takes seconds, so that `--help` answers at once.
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, of which at least one names an image or a video."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0], parents=[family_arguments("Qwen/Qwen2.5-VL-7B-Instruct")]
-    )
-    parser.add_argument("--image", type=existing_file, action="append", default=[], help="image file; may be repeated")
+    parser = script_parser(__doc__, family_arguments("Qwen/Qwen2.5-VL-7B-Instruct"))
+    parser.add_argument("--image", type=image_file, action="append", default=[], help="image file; may be repeated")
     video = parser.add_mutually_exclusive_group()
     video.add_argument("--video", type=existing_file, help="video file")
     video.add_argument(
-        "--frame", type=existing_file, action="append", default=[], help="image file of one frame; one for each frame"
+        "--frame", type=image_file, action="append", default=[], help="image file of one frame; one for each frame"
     )
     arguments = parser.parse_args(argv)
     if not (arguments.image or arguments.video or arguments.frame):
         parser.error("needs an --image, a --video or several --frame")
-    if arguments.video and not (find_spec("torchcodec") or find_spec("decord")):
-        parser.error("--video needs torchcodec (pip install torchcodec); without it, give the frames with --frame")
     return arguments
+
+
+def needs_video(file: str) -> None:
+    """Raises argparse.ArgumentTypeError unless this is a video that qwen-vl-utils can read here.
+
+    It takes torchcodec where that is installed, with or without FFmpeg, and decord otherwise.
+    """
+    if not (find_spec("torchcodec") or find_spec("decord")):
+        raise argparse.ArgumentTypeError(
+            "--video needs torchcodec (pip install torchcodec) and FFmpeg's libraries (apt install ffmpeg), or decord "
+            "(pip install decord); without them, give the frames with --frame"
+        )
+    try:
+        if find_spec("torchcodec"):
+            import_module("torchcodec.decoders").VideoDecoder(file)
+        else:
+            import_module("decord").VideoReader(file)
+    except (ImportError, OSError, RuntimeError) as error:
+        if "load libtorchcodec" in str(error):
+            raise argparse.ArgumentTypeError(
+                "torchcodec does not load: it needs FFmpeg's libraries (apt install ffmpeg) and the torch that it was "
+                "built for; without them, give the frames with --frame"
+            ) from error
+        raise argparse.ArgumentTypeError(f"not a video that can be read: {file!r}") from error
 
 
 def build_messages(images: Sequence[str], video: str | Sequence[str] | None, question: str) -> list[dict[str, Any]]:
@@ -49,6 +80,8 @@ def build_messages(images: Sequence[str], video: str | Sequence[str] | None, que
 
 def build_inputs(processor: Any, messages: list[dict[str, Any]]) -> Any:
     """The tensors that `generate` takes."""
+    from qwen_vl_utils import process_vision_info
+
     prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     images, videos, options = process_vision_info(messages, return_video_kwargs=True, return_video_metadata=True)
     if videos is not None:
@@ -58,9 +91,12 @@ def build_inputs(processor: Any, messages: list[dict[str, Any]]) -> Any:
     return processor(text=[prompt], images=images, videos=videos, return_tensors="pt", **options)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the script with these arguments, or with those of the command line."""
-    arguments = parse_arguments(argv)
+def ask(arguments: argparse.Namespace) -> tuple[str, "CacheReport"]:
+    """The model's greedy answer, and what its cache kept."""
+    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+    from mmshiftkv import CACHE_ARGUMENT, ShiftKVCache
+
     processor = AutoProcessor.from_pretrained(arguments.model)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         arguments.model,
@@ -75,8 +111,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = model.generate(
         **inputs, **{CACHE_ARGUMENT: cache}, max_new_tokens=arguments.max_new_tokens, do_sample=False
     )
-    print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-    print(cache.report())
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True), cache.report()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script with these arguments, or with those of the command line."""
+    arguments = parse_arguments(argv)
+    with errors_in_one_line():
+        for package in ("PIL", "accelerate", "torchvision", "qwen_vl_utils"):
+            needs_package(package, "vision")
+        if arguments.video:
+            needs_video(arguments.video)
+        needs_checkpoint(arguments.model)
+        answer, report = ask(arguments)
+    print(answer)
+    print(report)
 
 
 if __name__ == "__main__":

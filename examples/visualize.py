@@ -5,89 +5,115 @@
     python visualize.py --model Qwen/Qwen2.5-VL-7B-Instruct --image page.png --question "What is due?" --budget 128
 
 Each part of the image is coloured by how many KV heads keep its token, and each piece of the prompt's text as well.
-Models of the Qwen-VL families and LLaVA-NeXT are supported. Without `--model` and `--image` the small Qwen2.5-VL next
-to this file reads a sample document.
+What the model answers with each of the caches stands above. Models of the Qwen-VL families and LLaVA-NeXT are
+supported. Without `--model` and `--image` the small Qwen2.5-VL next to this file reads a sample document.
 """
 
 import argparse
-import importlib.util
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from PIL import Image
+from common import (
+    METHOD_NAMES,
+    METHODS,
+    budget,
+    errors_in_one_line,
+    fill_in_sample,
+    image_file,
+    model_arguments,
+    needs_checkpoint,
+    needs_package,
+    picture_file,
+    script_parser,
+    true_answer,
+)
 
-from common import DTYPES, budget, existing_file, output_file, positive_integer
-from mmshiftkv import METHODS, VisualTokenMap, draw_heatmap, make_cache, visual_token_map
-from tiny_vlm.answering import answer, build_inputs, load
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from transformers import Cache
 
-ASSETS = Path(__file__).resolve().parent / "assets"
+# Functions import what takes seconds, so that `--help` answers at once.
+
+RIGHT, WRONG = "right answer", "wrong answer"
+MARKS = {RIGHT: "\u2713 ", WRONG: "\u2717 "}  # in the figure only: not every terminal has these letters
 SELECTING = [method for method in METHODS if method != "full"]
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The checked arguments, with image and question filled in from the sample documents where none are given."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = script_parser(__doc__, model_arguments())
     add = parser.add_argument
-    add(
-        "--model",
-        default=str(ASSETS / "tiny_qwen2_5_vl"),
-        help="hub id or local folder (default: the model next to this script)",
-    )
-    add("--image", type=existing_file, help="image file (default: a sample document)")
+    add("--image", type=image_file, help="image file (default: a sample document)")
     add("--question", help="needed with --image (default: the sample document's)")
-    add("--budget", type=budget, default=64, help="prompt tokens to keep per layer and head, or the fraction of them")
+    add(
+        "--budget",
+        type=budget,
+        default=64,
+        help="prompt tokens to keep per layer and head, or the fraction of them in (0, 1] (default: %(default)s)",
+    )
     add("--layer", type=int, help="one layer, from 0 (default: all together)")
     add("--methods", nargs="+", choices=SELECTING, default=["shiftkv"], help="side by side (default: %(default)s)")
-    add("--max-new-tokens", type=positive_integer, default=64, help="of the answer (default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    add("--dtype", choices=DTYPES, default="auto", help="default: that of the checkpoint")
-    add("--output", type=output_file, default="heatmap.png", help=".png, .svg or .pdf (default: %(default)s)")
+    add("--output", type=picture_file, default="heatmap.png", help=".png, .svg or .pdf (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    if arguments.image is not None and arguments.question is None:
-        parser.error("--image needs a --question")
-    if importlib.util.find_spec("matplotlib") is None:
-        parser.error('drawing needs matplotlib: pip install "mmshiftkv[plot]"')
-    if arguments.image is None:
-        documents = json.loads((ASSETS / "documents.json").read_text(encoding="utf-8"))
-        name, questions = next(iter(documents.items()))
-        arguments.image = str(ASSETS / name)
-        arguments.question = arguments.question or questions[0]["question"]
+    fill_in_sample(parser, arguments)
     arguments.methods = list(dict.fromkeys(arguments.methods))
     return arguments
 
 
-def maps_and_answers(
-    model: Any, processor: Any, picture: Image.Image, arguments: argparse.Namespace
-) -> dict[str, tuple[VisualTokenMap, str]]:
-    """What each method keeps of the prompt, and what the model answers with it."""
+def verdict(answer: str, truth: str | None) -> str:
+    """What to call an answer: right or wrong if the truth is known."""
+    if truth is None:
+        return "answer"
+    return RIGHT if answer == truth else WRONG
+
+
+def one_line(text: str) -> str:
+    """The text with " / " for line breaks."""
+    return " / ".join(text.splitlines())
+
+
+def draw(arguments: argparse.Namespace) -> "Figure":
+    """The figure of what each method keeps of the prompt; prints what the model answers with it."""
+    from PIL import Image
+
+    from mmshiftkv import draw_heatmap, make_cache, visual_token_map
+    from tiny_vlm.answering import answer, build_inputs, load
+
+    model, processor = load(arguments.model, arguments.device, arguments.dtype)
+    picture = Image.open(arguments.image)
     inputs = build_inputs(processor, [picture], [arguments.question])
-    result = {}
+    truth = true_answer(arguments.image, arguments.question)
+
+    def answer_with(cache: "Cache") -> tuple[str, str]:
+        (text,) = answer(model, processor, inputs, cache, arguments.max_new_tokens)
+        return verdict(text.strip(), truth), one_line(text.strip())
+
+    maps = {}
     for method in arguments.methods:
         cache = make_cache(method, model, arguments.budget)
-        (text,) = answer(model, processor, inputs, cache, arguments.max_new_tokens)
-        result[method] = visual_token_map(model, inputs, cache, layer=arguments.layer), text.strip()
-    return result
+        label, text = answer_with(cache)
+        token_map = visual_token_map(model, inputs, cache, layer=arguments.layer)
+        name = f"{METHOD_NAMES[method]}, budget {arguments.budget}"
+        maps[f"{name}\n{MARKS.get(label, '')}{label}: {text}"] = token_map
+        print(f"{name}, {label}: {text}; {100 * token_map.visual_share:.0f} % of the kept tokens are visual")
+    label, text = answer_with(make_cache("full", model))
+    reference = f"{METHOD_NAMES['full']}, {label}: {text}"
+    if truth is not None and label == WRONG:
+        reference += f"; true answer: {one_line(truth)}"
+    print(reference)
+    title = f"{arguments.question}\n{reference}"
+    return draw_heatmap(maps, picture, tokenizer=processor.tokenizer, title=title)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; without `argv`, that of the program."""
     arguments = parse_arguments(argv)
-    model, processor = load(arguments.model, arguments.device, arguments.dtype)
-    picture = Image.open(arguments.image)
-    try:
-        found = maps_and_answers(model, processor, picture, arguments)
-    except (TypeError, ValueError) as error:  # a layer, a budget or a model that will not do
-        raise SystemExit(f"error: {error}") from error
-    maps = {}
-    for method, (token_map, text) in found.items():
-        one_line = " / ".join(text.splitlines())
-        print(f"{method}: {100 * token_map.visual_share:.0f} % of the kept tokens are visual; answer: {one_line}")
-        maps[f"{method}, budget {arguments.budget}: {one_line}"] = token_map
-    figure = draw_heatmap(maps, picture, tokenizer=processor.tokenizer, title=arguments.question)
-    figure.savefig(arguments.output, dpi=150)
+    with errors_in_one_line():
+        for package in ("PIL", "torchvision"):
+            needs_package(package, "vision")
+        needs_checkpoint(arguments.model)
+        figure = draw(arguments)
+    figure.savefig(arguments.output, dpi=200)
     print(f"written: {arguments.output}")
 
 

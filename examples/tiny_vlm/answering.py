@@ -1,6 +1,5 @@
 """Questions about images, answered by a model and its processor; any chat model that transformers can load will do."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,17 +8,11 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Cache
 
+from common import existing_folder as existing_folder  # the benchmarks take it from here
 from mmshiftkv import CACHE_ARGUMENT
 
 # Room for the longest answer that a page can have, by task.
 MAX_NEW_TOKENS = {"lookup": 24, "multi": 64, "line": 64, "all": 320}
-
-
-def existing_folder(text: str) -> Path:
-    """An argparse type: the path of a folder that exists."""
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"no such folder: {text!r}")
-    return Path(text)
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", dtype: str = "float32") -> tuple[Any, Any]:

@@ -1,11 +1,14 @@
 import json
+from itertools import pairwise
 
 import matplotlib.figure
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import models
-from mmshiftkv import Calibration, ShiftKVCache, ShiftKVConfig, measure_statistics
+from mmshiftkv import CACHE_ARGUMENT, Calibration, ShiftKVCache, ShiftKVConfig, measure_statistics
+from mmshiftkv.analysis.calibration import LayerStatistics
 
 NEW = 12
 
@@ -161,7 +164,38 @@ def test_the_ratios_are_drawn():
     figure = calibration.draw()
     assert type(figure) is matplotlib.figure.Figure
     (axes,) = figure.axes
-    assert [bar.get_height() for bar in axes.patches] == list(calibration.ratios)
+    equal, points = axes.lines
+    assert list(equal.get_ydata()) == [1, 1]
+    assert points.get_xydata().tolist() == [[row.index, row.ratio] for row in calibration.layers]
+    (ranges,) = axes.collections
+    assert [segment[:, 1].tolist() for segment in ranges.get_segments()] == [
+        [row.lowest_ratio, row.highest_ratio] for row in calibration.layers
+    ]
+
+
+@pytest.mark.parametrize("layers", [1, 6, 80])
+@pytest.mark.parametrize("ratios", [(0.97, 1.05), (0.4, 0.6), (1.0, 1.0), (20, 38), (0.05, 20)])
+def test_the_drawn_axis_holds_all_ratios_and_1_and_has_ticks_to_read_them_by(layers, ratios):
+    lowest, highest = ratios
+    rows = [LayerStatistics(index, 0, 1, 0, (lowest + highest) / 2, lowest, highest) for index in range(layers)]
+    figure = Calibration(layers, 2, 80, 20, tuple(rows)).draw()
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    (axes,) = figure.axes
+    bottom, top = axes.get_ylim()
+    assert bottom < min(lowest, 1) <= max(highest, 1) < top
+    shown = [
+        label for label, place in zip(axes.get_yticklabels(), axes.get_yticks(), strict=True) if bottom <= place <= top
+    ]
+    assert 2 <= len(shown) <= 10
+    assert "1" in [label.get_text() for label in shown]
+    for labels in (shown, axes.get_xticklabels()):
+        boxes = [label.get_window_extent(renderer) for label in labels]
+        assert not any(box.overlaps(other) for box, other in pairwise(boxes))
+    (legend,) = figure.legends
+    for part in (legend, axes.title, axes.yaxis.label):
+        box = part.get_window_extent(renderer)
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
 
 
 def test_a_measured_gamma_changes_the_layers_it_is_for():
@@ -170,7 +204,7 @@ def test_a_measured_gamma_changes_the_layers_it_is_for():
     def kept(gamma):
         cache = ShiftKVCache(model, ShiftKVConfig(budget=8, gamma=gamma, num_proxies=64, num_groups=8))
         with torch.no_grad():
-            model(ids, past_key_values=cache, use_cache=True)
+            model(ids, **{CACHE_ARGUMENT: cache}, use_cache=True)
         return [cache.kept_indices(layer) for layer in range(3)]
 
     same, one_other = kept([10, 10, 10]), kept((10, 0, 10))

@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mmshiftkv import ShiftKVCache, draw_heatmap, measure_statistics, visual_token_map
+from mmshiftkv import CACHE_ARGUMENT, ShiftKVCache, draw_heatmap, measure_statistics, visual_token_map
 from models import prompt_ids, text_model
 from tiny_llava import document_image
 
@@ -24,7 +24,7 @@ def tiny(vision_case):
 def map_of(case, picture, *, question=QUESTION, budget=20, layer=None):
     inputs = case.inputs((question, picture))
     cache = ShiftKVCache(case.model, budget=budget)
-    case.model.generate(**inputs, past_key_values=cache, max_new_tokens=1, do_sample=False)
+    case.model.generate(**inputs, **{CACHE_ARGUMENT: cache}, max_new_tokens=1, do_sample=False)
     return visual_token_map(case.model, inputs, cache, layer=layer)
 
 
@@ -47,8 +47,8 @@ def drawn(figure):
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw(renderer)
     artists = [*figure.texts, *(text for axes in figure.axes for text in axes.texts)]
-    color_bar = figure.axes[-1]
-    artists += [color_bar.yaxis.label, *color_bar.get_yticklabels()]
+    blank, color_bar = figure.axes[-2:]
+    artists += [color_bar.yaxis.label, *blank.get_yticklabels(), *color_bar.get_yticklabels()]
     found = [text for text in artists if text.get_text() and text.get_visible()]
     return [(text.get_text(), text.get_window_extent(renderer)) for text in found], figure.bbox
 
@@ -82,7 +82,7 @@ def test_llava_has_a_picture_for_base_image_and_crops_and_a_strip_of_row_ends(vi
     base, crops, strip = pictures(figure)
     assert base.shape == crops.shape == (100, 300, 3)
     assert strip.shape == (4, 1, 3)
-    assert [text.get_text().split(" (")[0] for text in figure.texts][1:] == ["base image", "crops"]
+    assert [text.get_text().split(" (")[0] for text in figure.texts][-2:] == ["base image", "crops"]
     kept = (np.ptp(crops, axis=-1) > 0).reshape(4, 25, 12, 25).mean(axis=(1, 3)) > 0.5
     assert kept.tolist() == (token_map.counts > 0).tolist()
 
@@ -94,9 +94,40 @@ def test_methods_stand_side_by_side_with_the_same_colours(tiny):
     figure = draw_heatmap({"few": few, "many": many}, WHITE)
     first, second = pictures(figure)
     assert sum(second[0, 0]) < sum(first[0, 0])
-    assert [text.get_text().splitlines()[0] for text in figure.texts] == ["few", "many"]
+    assert [text.get_text() for text in figure.texts][::2] == ["few", "many"]
     (alone,) = pictures(draw_heatmap(few, WHITE))
     assert sum(alone[0, 0]) < sum(first[0, 0])
+
+
+def test_the_lines_of_names_and_title_stay_apart_and_names_begin_in_bold(tiny):
+    token_map = map_by_hand(tiny, WHITE, [[(0, 0)]])
+    figure = draw_heatmap({"ShiftKV\nanswer: 5": token_map, "SnapKV": token_map}, WHITE, title="Why?\nSo.")
+    assert [(text.get_text(), text.get_weight()) for text in figure.texts] == [
+        ("Why?\nSo.", "normal"),
+        ("ShiftKV", "bold"),
+        ("answer: 5", "normal"),
+        ("100 % of the kept tokens are visual", "normal"),
+        ("SnapKV", "bold"),
+        ("100 % of the kept tokens are visual", "normal"),
+    ]
+    drawn(figure)
+    first, second = (next(text for text in figure.texts if text.get_text() == name) for name in ("ShiftKV", "SnapKV"))
+    assert first.get_position()[1] == second.get_position()[1]
+
+
+def test_the_colour_bar_is_white_at_zero_and_has_a_colour_for_each_count(tiny):
+    token_map = map_by_hand(tiny, WHITE, [[(0, 0), (1, 1)], [(0, 0), (2, 2)], [(0, 0), (2, 2)]])
+    figure = draw_heatmap(token_map, WHITE)
+    *_, blank, bar = figure.axes
+    assert blank.get_facecolor() == (1.0, 1.0, 1.0, 1.0)
+    assert [label.get_text() for label in blank.get_yticklabels()] == ["0"]
+    assert blank.get_window_extent().y1 < bar.get_window_extent().y0
+    assert bar.get_ylabel().replace("\n", " ") == "KV heads that keep the token, of 3 in layer 0"
+    assert bar.get_ylim() == (0.5, 3.5)
+    steps = figure.axes[-1].collections[-1].to_rgba([1, 2, 3])[:, :3]
+    (colors,) = pictures(figure)
+    assert np.allclose([colors[28, 28], colors[83, 83], colors[0, 0]], steps)
+    assert steps.min(axis=1).max() < 1
 
 
 def test_the_text_stands_below_in_its_order_and_each_token_has_its_colour(tiny):
@@ -128,8 +159,9 @@ def test_only_the_last_lines_of_a_long_text_are_shown(tiny):
 def test_nothing_is_cut_off_or_covered(vision_case, family, size):
     case, picture = vision_case(family), document_image(*size)
     token_map = map_of(case, picture, question="What are the Name, the Date and the $Total$? " * 4)
-    maps = dict.fromkeys(("shiftkv, budget 64: " + "a long answer, 123 " * 9, "WWW" * 60, "snapkv: short"), token_map)
-    figure = draw_heatmap(maps, picture, tokenizer=case.processor.tokenizer, title="Why is that so? " * 30)
+    names = "ShiftKV, budget 64\n" + "answer: a long one, 123 " * 9, "WWW" * 60 + "\n" + "WWW" * 60, "SnapKV: short"
+    maps = dict.fromkeys(names, token_map)
+    figure = draw_heatmap(maps, picture, tokenizer=case.processor.tokenizer, title="Why is that so? " * 30 + "\nNo.")
     words, whole = drawn(figure)
     for text, box in words:
         assert whole.x0 <= box.x0, text

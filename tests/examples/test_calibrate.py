@@ -5,10 +5,12 @@ import pytest
 from PIL import Image
 
 import calibrate
+from common import ASSETS
 from mmshiftkv import Calibration, ShiftKVConfig
 from tiny_llava import document_image, save_tiny_llava
 from tiny_vlm.pages import HELD_OUT_SEED
 
+PAGE = str(ASSETS / "document_1.png")
 SMALL = ["--count", "2", "--max-new-tokens", "6", "--device", "cpu"]
 
 
@@ -52,20 +54,22 @@ def test_images_and_questions_for_any_checkpoint(tmp_path, capsys):
 
 
 def test_the_documents_are_not_those_of_the_test_set():
-    assert calibrate.DOCUMENTS_SEED != HELD_OUT_SEED
+    assert calibrate.DOCUMENTS_SEED == HELD_OUT_SEED + 1  # variations.py has the next one
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--image", __file__], "--image and --question need each other"),
+        (["--image", PAGE], "--image and --question need each other"),
         (["--question", "Why?"], "--image and --question need each other"),
-        (["--image", __file__, __file__, "--question", "A?", "B?", "C?"], "--question: 3 for 2 images; one or as many"),
+        (["--image", PAGE, PAGE, "--question", "A?", "B?", "C?"], "--question: 3 for 2 images; one or as many"),
         (["--image", "missing.png", "--question", "Why?"], "argument --image: no such file: 'missing.png'"),
+        (["--image", __file__, "--question", "Why?"], f"argument --image: not an image that can be read: {__file__!r}"),
         (["--max-new-tokens", "1"], "--max-new-tokens 1: the first token comes of the prompt"),
         (["--count", "0"], "argument --count: needs a whole number, at least 1, got '0'"),
         (["--json", "nowhere/out.json"], "argument --json: no such folder: 'nowhere'"),
         (["--plot", "nowhere/out.png"], "argument --plot: no such folder: 'nowhere'"),
+        (["--plot", "out.doc"], "argument --plot: 'out.doc' has no ending that matplotlib can draw"),
     ],
 )
 def test_bad_arguments_are_refused(capsys, arguments, message):
@@ -78,6 +82,6 @@ def test_bad_arguments_are_refused(capsys, arguments, message):
 @pytest.mark.parametrize("arguments", [["--plot", "out.png", "--builtin-font-only"], []])
 def test_missing_matplotlib_is_named(arguments, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         calibrate.main(arguments)
-    assert 'needs matplotlib: pip install "mmshiftkv[plot]"' in capsys.readouterr().err
+    assert 'needs matplotlib: pip install "mmshiftkv[plot]"' in f"{stopped.value} {capsys.readouterr().err}"

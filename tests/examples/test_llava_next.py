@@ -3,6 +3,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 import llava_next
+from common import ASSETS
+from mmshiftkv import CACHE_ARGUMENT
 from tiny_llava import FAMILIES, IMAGE_SIZE, document_image, save_tiny_llava
 
 QUESTION = "What is due?"
@@ -40,7 +42,7 @@ def full_cache_answer(checkpoint, images):
     model = AutoModelForImageTextToText.from_pretrained(checkpoint)
     inputs = llava_next.build_inputs(processor, images, QUESTION)
     cache = DynamicCache()
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=NEW_TOKENS, do_sample=False)
+    output = model.generate(**inputs, **{CACHE_ARGUMENT: cache}, max_new_tokens=NEW_TOKENS, do_sample=False)
     answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return answer, cache.get_seq_length(), inputs
 
@@ -88,7 +90,8 @@ def test_the_tiny_checkpoint_is_the_same_in_every_call(tmp_path, family):
     [
         ([], "the following arguments are required: --image"),
         (["--image", "missing.png"], "argument --image: no such file: 'missing.png'"),
-        (["--image", __file__, "--budget", "-5"], "argument --budget: "),
+        (["--image", __file__], f"argument --image: not an image that can be read: {__file__!r}"),
+        (["--image", str(ASSETS / "document_1.png"), "--budget", "-5"], "argument --budget: "),
     ],
 )
 def test_bad_arguments_are_refused(capsys, arguments, message):

@@ -1,14 +1,14 @@
-import json
 import math
 import re
 
 import pytest
 
 import quickstart
+from common import ASSETS, sample_documents
 from mmshiftkv.report import format_bytes
 from tiny_llava import FAMILIES, document_image, save_tiny_llava
 
-DOCUMENTS = json.loads((quickstart.ASSETS / "documents.json").read_text(encoding="utf-8"))
+DOCUMENTS = sample_documents()
 BYTES_PER_TOKEN = 6 * 2 * 2 * 32 * 2  # of the embedded model: layers, keys and values, heads, head dimension, bfloat16
 
 
@@ -48,7 +48,7 @@ def test_image_and_question_are_printed_above_the_table(capsys):
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_a_budget_that_covers_the_prompt_gives_the_answer_of_the_full_cache(capsys, name):
-    sample, image = DOCUMENTS[name][0], str(quickstart.ASSETS / name)
+    sample, image = DOCUMENTS[name][0], str(ASSETS / name)
     full, *rows = run(capsys, "--image", image, "--question", sample["question"], "--budget", "100000", "1.0")
     assert full[4] == sample["answer"]
     assert [row[1:3] for row in rows] == [full[1:3]] * 2
@@ -86,7 +86,9 @@ def test_line_breaks_in_an_answer_keep_the_table_in_rows():
     ("arguments", "message"),
     [
         (["--image", "missing.png", "--question", "Why?"], "argument --image: no such file: 'missing.png'"),
-        (["--image", __file__], "--image needs a --question"),
+        (["--image", str(ASSETS / "document_2.png")], "--image needs a --question"),
+        (["--image", __file__, "--question", "Why?"], f"argument --image: not an image that can be read: {__file__!r}"),
+        (["--device", "abacus"], "argument --device: cannot use 'abacus'"),
         (["--budget", "0"], "at least 1, or a fraction of the prompt in (0, 1], got '0'"),
         (["--budget", "64", "-1"], "got '-1'"),
         (["--budget", "1.5"], "got '1.5'"),

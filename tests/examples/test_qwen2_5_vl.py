@@ -1,5 +1,5 @@
+import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -7,10 +7,11 @@ from PIL import Image
 from transformers import AutoProcessor, DynamicCache, Qwen2_5_VLForConditionalGeneration
 
 import qwen2_5_vl
-from mmshiftkv import ShiftKVCache
+from common import ASSETS, TINY_MODEL
+from mmshiftkv import CACHE_ARGUMENT, ShiftKVCache
 
-ASSETS = Path(qwen2_5_vl.__file__).parent / "assets"
-CHECKPOINT = str(ASSETS / "tiny_qwen2_5_vl")
+CHECKPOINT = str(TINY_MODEL)
+PAGE = str(ASSETS / "document_1.png")
 QUESTION = "Read line 1."
 NEW_TOKENS = 16
 
@@ -50,7 +51,7 @@ def run(capsys, *arguments):
 
 def generate(model, processor, inputs, cache):
     """The new text and all tokens of a greedy `generate` call."""
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=NEW_TOKENS, do_sample=False)
+    output = model.generate(**inputs, **{CACHE_ARGUMENT: cache}, max_new_tokens=NEW_TOKENS, do_sample=False)
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True), output
 
 
@@ -152,8 +153,11 @@ def test_a_second_turn_can_bring_an_image_if_it_brings_the_positions(model, proc
     [
         ([], "needs an --image, a --video or several --frame"),
         (["--image", "missing.png"], "argument --image: no such file: 'missing.png'"),
-        (["--frame", __file__, "--video", __file__], "argument --video: not allowed with argument --frame"),
-        (["--image", __file__, "--budget", "0"], "argument --budget: "),
+        (["--frame", PAGE, "--video", __file__], "argument --video: not allowed with argument --frame"),
+        (["--image", __file__], f"argument --image: not an image that can be read: {__file__!r}"),
+        (["--frame", __file__], f"argument --frame: not an image that can be read: {__file__!r}"),
+        (["--image", PAGE, "--budget", "0"], "argument --budget: "),
+        (["--image", PAGE, "--device-map", "abacus"], "argument --device-map: cannot use 'abacus'"),
     ],
 )
 def test_bad_arguments_are_refused(capsys, arguments, message):
@@ -163,7 +167,23 @@ def test_bad_arguments_are_refused(capsys, arguments, message):
 
 
 @pytest.mark.skipif(bool(find_spec("torchcodec") or find_spec("decord")), reason="video files can be read here")
-def test_a_video_file_that_cannot_be_read_is_refused(capsys):
-    with pytest.raises(SystemExit):
+def test_a_video_is_refused_with_what_reading_it_needs():
+    with pytest.raises(SystemExit) as stopped:
         qwen2_5_vl.main(["--video", __file__])
-    assert "--video needs torchcodec" in capsys.readouterr().err
+    assert str(stopped.value).startswith(
+        "error: --video needs torchcodec (pip install torchcodec) and FFmpeg's libraries"
+    )
+
+
+@pytest.mark.skipif(not (find_spec("torchcodec") or find_spec("decord")), reason="video files cannot be read here")
+def test_a_file_that_is_no_video_is_refused():
+    with pytest.raises(SystemExit, match=r"^error: (not a video that can be read|torchcodec does not load)"):
+        qwen2_5_vl.main(["--video", __file__])
+
+
+@pytest.mark.parametrize("package", ["accelerate", "qwen_vl_utils", "torchvision"])
+def test_a_missing_package_is_named(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit) as stopped:
+        qwen2_5_vl.main(["--image", PAGE])
+    assert stopped.value.code == f'error: needs {package}: pip install "mmshiftkv[vision]"'

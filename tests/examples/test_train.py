@@ -23,7 +23,8 @@ from tiny_vlm.documents import sample_page
 from tiny_vlm.forward import FastForward, check_against_reference
 from tiny_vlm.pages import TASKS
 from tiny_vlm.pixels import paint, patchify, two_frames
-from tiny_vlm.train import Schedule, learning_rate, main, parse
+from tiny_vlm.train import main, parse
+from tiny_vlm.training import Schedule, learning_rate
 
 SMALL_RUN = ["--shrink", "64", "--workers", "0", "--no-compile", "--no-graphs", "--warmup", "1"]
 

@@ -1,14 +1,12 @@
-import json
 import sys
 
 import pytest
 from PIL import Image
 
 import visualize
+from common import ASSETS, METHOD_NAMES, sample_documents
 from mmshiftkv import METHODS
 from tiny_llava import FAMILIES, document_image, save_tiny_llava
-
-DOCUMENTS = json.loads((visualize.ASSETS / "documents.json").read_text(encoding="utf-8"))
 
 
 def run(capsys, folder, *arguments):
@@ -22,17 +20,36 @@ def run(capsys, folder, *arguments):
 
 
 def test_the_sample_document(capsys, tmp_path):
-    (line,), _ = run(capsys, tmp_path, "--budget", "128")
-    truth = next(iter(DOCUMENTS.values()))[0]["answer"]
-    assert line.startswith("shiftkv: ")
-    assert line.endswith(f" % of the kept tokens are visual; answer: {truth}")
+    (line, full), _ = run(capsys, tmp_path, "--budget", "128")
+    truth = next(iter(sample_documents().values()))[0]["answer"]
+    assert line.startswith(f"ShiftKV, budget 128, right answer: {truth}; ")
+    assert line.endswith(" % of the kept tokens are visual")
+    assert full == f"full cache, right answer: {truth}"
+
+
+def test_answers_that_are_wrong_are_called_so_beside_the_true_one(capsys, tmp_path):
+    (line, full), _ = run(capsys, tmp_path, "--budget", "128", "--max-new-tokens", "2")
+    truth = next(iter(sample_documents().values()))[0]["answer"]
+    assert line.startswith(f"ShiftKV, budget 128, wrong answer: {truth[:2]}; ")
+    assert full == f"full cache, wrong answer: {truth[:2]}; true answer: {truth}"
+
+
+def test_the_figure_says_method_budget_answer_and_whether_it_is_right():
+    arguments = visualize.parse_arguments(["--device", "cpu", "--budget", "128", "--methods", "shiftkv", "random"])
+    figure = visualize.draw(arguments)
+    title, *headings = [text.get_text() for text in figure.texts]
+    question, truth = next(iter(sample_documents().values()))[0].values()
+    assert title == f"{question}\nfull cache, right answer: {truth}"
+    assert headings[:2] == ["ShiftKV, budget 128", f"\u2713 right answer: {truth}"]
+    assert headings[3] == "Random, budget 128"
+    assert headings[4].startswith("\u2717 wrong answer: ")
 
 
 def test_methods_stand_side_by_side(capsys, tmp_path):
-    _, alone = run(capsys, tmp_path, "--max-new-tokens", "2")
+    _, alone = run(capsys, tmp_path, "--max-new-tokens", "12")
     names = [name for name in METHODS if name != "full"]
-    lines, together = run(capsys, tmp_path, "--max-new-tokens", "2", "--methods", *names, names[0])
-    assert [line.split(":")[0] for line in lines] == names
+    lines, together = run(capsys, tmp_path, "--max-new-tokens", "12", "--methods", *names, names[0])
+    assert [line.split(",")[0] for line in lines] == [*(METHOD_NAMES[name] for name in names), "full cache"]
     assert together[1] == alone[1]
     assert together[0] > 0.7 * len(names) * alone[0]
 
@@ -47,8 +64,9 @@ def test_llava_next(capsys, tmp_path, family):
     save_tiny_llava(tmp_path, family)
     document_image(300, 100).save(tmp_path / "page.png")
     arguments = ["--model", str(tmp_path), "--image", str(tmp_path / "page.png"), "--question", "What is due?"]
-    (line,), _ = run(capsys, tmp_path, *arguments, "--budget", "0.2", "--max-new-tokens", "3")
-    assert line.startswith("shiftkv: ")
+    (line, full), _ = run(capsys, tmp_path, *arguments, "--budget", "0.2", "--max-new-tokens", "3")
+    assert line.startswith("ShiftKV, budget 0.2, answer: ")
+    assert full.startswith("full cache, answer: ")
 
 
 def test_a_layer_that_is_not_there_is_told_those_that_are(capsys):
@@ -62,11 +80,13 @@ def test_a_layer_that_is_not_there_is_told_those_that_are(capsys):
     [
         (["--methods", "magic"], "'magic' (choose from"),
         (["--methods", "full"], "'full' (choose from"),
-        (["--image", __file__], "--image needs a --question"),
+        (["--image", str(ASSETS / "document_2.png")], "--image needs a --question"),
+        (["--image", __file__, "--question", "Why?"], f"argument --image: not an image that can be read: {__file__!r}"),
         (["--image", "missing.png", "--question", "Why?"], "argument --image: no such file: 'missing.png'"),
         (["--budget", "0"], "at least 1, or a fraction of the prompt in (0, 1], got '0'"),
         (["--layer", "first"], "argument --layer: invalid int value: 'first'"),
         (["--output", "nowhere/out.png"], "argument --output: no such folder: 'nowhere'"),
+        (["--output", "out.doc"], "argument --output: 'out.doc' has no ending that matplotlib can draw"),
     ],
 )
 def test_bad_arguments_are_refused(capsys, arguments, message):
@@ -80,4 +100,4 @@ def test_missing_matplotlib_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit):
         visualize.main([])
-    assert 'drawing needs matplotlib: pip install "mmshiftkv[plot]"' in capsys.readouterr().err
+    assert 'needs matplotlib: pip install "mmshiftkv[plot]"' in capsys.readouterr().err

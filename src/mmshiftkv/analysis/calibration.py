@@ -22,6 +22,7 @@ from ..model.padding import check_left_padding
 from .figures import new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 UNMEASURED_GAMMA = 1.0  # of layers that no cache selects from: a number must stand there, and nothing reads it
@@ -127,28 +128,45 @@ class Calibration:
         return "\n".join([*lines, counts])
 
     def draw(self) -> "Figure":
-        """The ratio of each layer as a bar, with its range over the prompts; the dashed line is an equal spread.
+        """The ratio of each layer as a point, with its range over the prompts; the dashed line is an equal spread.
+
+        Ratios are on a logarithmic axis: twice the spread is as far from the line as half of it.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed; the message has the command that installs it.
         """
-        figure = new_figure(max(5.0, 1.5 + 0.3 * self.num_layers), 3.6)
+        figure = new_figure(min(max(6.0, 1.5 + 0.3 * self.num_layers), 10.0), 3.6)
         axes = figure.subplots()
-        ratios, places = self.ratios, [layer.index for layer in self.layers]
-        below = [ratio - layer.lowest_ratio for ratio, layer in zip(ratios, self.layers, strict=True)]
-        above = [layer.highest_ratio - ratio for ratio, layer in zip(ratios, self.layers, strict=True)]
-        # The ratio of two averages may lie outside the range of the ratios they are made of.
-        spread = [[max(0.0, value) for value in side] for side in (below, above)]
-        axes.bar(places, ratios, color="tab:blue", alpha=0.75, label="average")
-        axes.errorbar(places, ratios, yerr=spread, fmt="none", ecolor="black", capsize=3, label="range over prompts")
-        axes.axhline(1, color="tab:red", linestyle="--", linewidth=1, label="same spread as in prefill")
-        axes.set(xlabel="decoder layer", ylabel="std while decoding / std in prefill", ylim=(0, None))
-        axes.set_xticks(places, [str(place) for place in places], fontsize=8)
+        places = [layer.index for layer in self.layers]
+        lowest = [layer.lowest_ratio for layer in self.layers]
+        highest = [layer.highest_ratio for layer in self.layers]
+        axes.axhline(1, color="tab:red", linestyle="--", linewidth=1.2, label="same spread as in prefill")
+        axes.vlines(places, lowest, highest, color="tab:blue", alpha=0.5, linewidth=3, label="range over prompts")
+        axes.plot(places, self.ratios, "o", color="tab:blue", markersize=5, label="average")
+        axes.set(
+            xlabel="decoder layer", ylabel="std while decoding / std in prefill", xlim=(-0.5, self.num_layers - 0.5)
+        )
+        axes.set_xticks(range(0, self.num_layers, 1 if self.num_layers <= 16 else 2 if self.num_layers <= 40 else 5))
+        _scale_ratios(axes, min(lowest), max(highest))
         axes.set_title(f"Attention input, {self.prompts} prompts, {self.decode_tokens} decoded tokens", fontsize=10)
         axes.grid(axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
-        figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
         return figure
+
+
+def _scale_ratios(axes: "Axes", lowest: float, highest: float) -> None:
+    """A logarithmic y axis around these ratios and 1, and ticks that are read as they stand."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    low, high = min(lowest, 1.0), max(highest, 1.0)
+    margin = max((high / low) ** 0.08, 1.005)
+    # Over less than a factor of 5 an axis with ticks at 1, 2, 5, 10 ... has next to none.
+    near = high / low < 5
+    axes.set_yscale("log")
+    axes.set_ylim(low / margin, high * margin)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10]) if near else LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
 
 
 def measure_statistics(

@@ -17,19 +17,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-COLORS, _PALEST_TO_DARKEST = "YlOrRd", (0.0, 0.82)  # dark print must be legible on the darkest colour
+COLORS, _DARKEST_COLOR = "YlOrRd", 0.82  # dark print must be legible on the darkest colour
 _DARKEST = 0.3  # grey that black becomes under the colours: they must show on dark pictures as well
 _MOST_PIXELS = 1000  # of a picture's longer side, as drawn
 
-# All lengths in inches; everything is placed by hand, as the text must be broken into lines of a known width.
-_PANEL = 4.4  # longer side of a picture
-_LEAST_SIDE, _LEAST_BLOCK = 1.2, 3.7
-_GAP, _HEADING_LINE, _CAPTION, _LINE, _BAR = 0.2, 0.17, 0.25, 0.165, 0.14
-_TITLE_SIZE, _HEADING_SIZE, _FONT_SIZE = 10, 8.5, 7.5  # points; the last is that of the prompt's text
+# All lengths in inches; everything is placed by hand, as the text must be broken into lines of a known width.  Letters
+# are large beside the pictures, to be read where three maps share a page.
+_PANEL = 3.4  # longer side of a picture
+_LEAST_SIDE, _LEAST_BLOCK = 1.1, 2.7
+_GAP, _CAPTION, _BAR = 0.2, 0.25, 0.14
+_TITLE_LINE, _HEADING_LINE, _LINE = 0.2, 0.185, 0.165
+_NUMBERS, _BAR_LINE = 0.38, 0.155  # right of the colour bar: its numbers, and a line of its label
+_TITLE_SIZE, _HEADING_SIZE, _FONT_SIZE, _BAR_SIZE = (
+    10.5,
+    9.5,
+    7.5,
+    8.5,
+)  # points; _FONT_SIZE is that of the prompt's text
 _CHARACTER = 0.63 * _FONT_SIZE / 72  # a little more than DejaVu Sans Mono's advance
 _NEWLINE_STRIP = 0.04  # of the picture's width: the strip for the tokens that end rows, and the gap before it
 
-_CAPTIONS = {"crops": "crops (right: the tokens that end rows)"}
+_CAPTIONS = {"crops": "crops (right: row ends)"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,14 @@ class _Word:
     line: int
     start: int
     count: int | None
+
+
+@dataclass(frozen=True)
+class _Heading:
+    """A line above a picture."""
+
+    text: str
+    weight: str
 
 
 def draw_heatmap(
@@ -55,10 +71,11 @@ def draw_heatmap(
     Where no head keeps a token there is no colour.  Several maps stand side by side, with the same colours.
 
     Args:
-        maps: one map, or several of the same prompt by name, such as that of the method.
+        maps: one map, or several of the same prompt by name, such as that of the method.  A name may have several
+            lines, of which the first one is bold.
         picture: the image that the tokens show.
         tokenizer: writes the text tokens below the picture; None: they are left out.
-        title: a line above everything.
+        title: above everything; may have several lines.
         text_lines: at most so many last lines of the text are shown.
 
     Returns:
@@ -83,11 +100,12 @@ def draw_heatmap(
     figure.set_size_inches(layout.width, layout.height)
     if title:
         place = _GAP / layout.width, 1 - 0.5 * _GAP / layout.height
-        figure.text(*place, layout.title, va="top", fontsize=_TITLE_SIZE, parse_math=False)
+        spacing = _TITLE_LINE / (_TITLE_SIZE / 72)
+        figure.text(*place, layout.title, va="top", fontsize=_TITLE_SIZE, linespacing=spacing, parse_math=False)
     colors = _color_scale(list(named.values()))
     for number, token_map in enumerate(named.values()):
         _draw_map(figure, layout, number, token_map, picture, colors)
-    _draw_color_bar(figure, layout, colors, next(iter(named.values())).pairs)
+    _draw_color_bar(figure, layout, layout.left(len(named)), colors)
     return figure
 
 
@@ -98,11 +116,12 @@ class _Layout:
     panel_width: float
     panel_height: float
     block_width: float
-    headings: tuple[str, ...]
+    headings: tuple[list[_Heading], ...]
     words: tuple[list[_Word], ...]
     lines: int
-    has_captions: bool
+    panel_bottom: float
     title: str
+    bar_label: str
     width: float
     height: float
 
@@ -116,28 +135,31 @@ class _Layout:
         panels = len(first.grids)
         strip = 2 * _NEWLINE_STRIP * panel_width if panels > 1 else 0
         block_width = max(panels * panel_width + (panels - 1) * _GAP + strip, _LEAST_BLOCK)
-        width = len(named) * (block_width + _GAP) + _GAP + _BAR + 0.8
+        bar_label = _bar_label(first, panel_height)
+        right = _BAR + _NUMBERS + _BAR_LINE * (bar_label.count("\n") + 1)
+        width = len(named) * (block_width + _GAP) + _GAP + right
         words: tuple[list[_Word], ...] = ()
         if tokenizer is not None:
             characters = int(block_width / _CHARACTER)
             words = tuple(_words(token_map, tokenizer, characters, text_lines) for token_map in named.values())
         lines = max((word.line + 1 for block in words for word in block), default=0)
-        wrapped = "\n".join(_wrapped(title or "", width - 2 * _GAP, _TITLE_SIZE, max_lines=5))
-        headings = tuple(_heading(name, token_map, block_width) for name, token_map in named.items())
-        heading_lines = max(heading.count("\n") + 1 for heading in headings)
-        title_height = 0.17 * (wrapped.count("\n") + 1) + 0.1 if title else 0
-        above = title_height + heading_lines * _HEADING_LINE + _GAP
-        below = 1.5 * _GAP + lines * _LINE + (_CAPTION if panels > 1 else 0)
-        height = above + panel_height + below
-        return cls(panel_width, panel_height, block_width, headings, words, lines, panels > 1, wrapped, width, height)
+        title_lines = [
+            line
+            for part in (title or "").splitlines()
+            for line in _wrapped(part, width - 2 * _GAP, _TITLE_SIZE, max_lines=5)
+        ]
+        headings = tuple(_headings(name, token_map, block_width) for name, token_map in named.items())
+        title_height = _TITLE_LINE * len(title_lines) + 0.1 if title_lines else 0
+        above = title_height + max(map(len, headings)) * _HEADING_LINE + _GAP
+        panel_bottom = 1.5 * _GAP + lines * _LINE + (_CAPTION if panels > 1 else 0)
+        height = panel_bottom + panel_height + above
+        title = "\n".join(title_lines)
+        sizes = panel_width, panel_height, block_width
+        return cls(*sizes, headings, words, lines, panel_bottom, title, bar_label, width, height)
 
     @property
     def text_bottom(self) -> float:
         return 0.75 * _GAP
-
-    @property
-    def panel_bottom(self) -> float:
-        return 1.5 * _GAP + self.lines * _LINE + (_CAPTION if self.has_captions else 0)
 
     def left(self, number: int) -> float:
         """Left edge of one map's block."""
@@ -149,15 +171,15 @@ class _Layout:
 
 
 def _color_scale(maps: Sequence[VisualTokenMap]) -> "ScalarMappable":
-    """From counts to colours; the largest count of all maps is the darkest."""
+    """From counts of at least 1 to colours, one for each count; the largest count of all maps is the darkest."""
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
-    largest = max(max(int(part.max()) for part in _all_counts(token_map)) for token_map in maps)
-    colors = ListedColormap(colormaps[COLORS](np.linspace(*_PALEST_TO_DARKEST, 256)))
-    return ScalarMappable(Normalize(0, max(largest, 1)), colors)
+    largest = max(1, *(int(part.max()) for token_map in maps for part in _all_counts(token_map)))
+    colors = ListedColormap(colormaps[COLORS](np.linspace(0, _DARKEST_COLOR, largest + 1)[1:]))
+    return ScalarMappable(Normalize(0.5, largest + 0.5), colors)
 
 
 def _all_counts(token_map: VisualTokenMap) -> list[torch.Tensor]:
@@ -176,23 +198,24 @@ def _draw_map(
 ) -> None:
     """One map's heading, pictures and text."""
     left = layout.left(number)
-    top = layout.panel_bottom + layout.panel_height
-    figure.text(
-        left / layout.width,
-        (top + 0.07) / layout.height,
-        layout.headings[number],
-        va="bottom",
-        fontsize=_HEADING_SIZE,
-        linespacing=1.4,
-        parse_math=False,
-    )
+    top = layout.panel_bottom + layout.panel_height + 0.07 + max(map(len, layout.headings)) * _HEADING_LINE
+    for line, heading in enumerate(layout.headings[number]):
+        figure.text(
+            left / layout.width,
+            (top - line * _HEADING_LINE) / layout.height,
+            heading.text,
+            va="top",
+            fontsize=_HEADING_SIZE,
+            weight=heading.weight,
+            parse_math=False,
+        )
     for place, grid in enumerate(token_map.grids):
         strip = 2 * _NEWLINE_STRIP if grid.newline_counts is not None else 0
         start = left + place * (layout.panel_width + _GAP)
         axes = layout.axes(figure, start, layout.panel_bottom, layout.panel_width * (1 + strip), layout.panel_height)
         _draw_grid(axes, grid, picture, colors)
         axes.set(xlim=(0, 1 + strip), ylim=(1, 0))
-        if layout.has_captions:
+        if len(token_map.grids) > 1:
             figure.text(
                 start / layout.width,
                 (layout.panel_bottom - 0.06) / layout.height,
@@ -205,21 +228,24 @@ def _draw_map(
         _draw_words(axes, layout, layout.words[number], colors)
 
 
-def _heading(name: str, token_map: VisualTokenMap, width: float) -> str:
-    layers = token_map.layers
-    where = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers"
-    heads = f"{token_map.pairs // len(layers)} KV heads"
-    summary = f"{where}, {heads}: {100 * token_map.visual_share:.0f} % of the kept tokens are visual"
-    return "\n".join([*_wrapped(name, width, _HEADING_SIZE, max_lines=2), summary])
+def _headings(name: str, token_map: VisualTokenMap, width: float) -> list[_Heading]:
+    """The lines of a map's name and below them how much of what is kept is visual."""
+    lines = []
+    for number, part in enumerate(name.splitlines()):
+        weight = "normal" if number else "bold"
+        lines += [_Heading(line, weight) for line in _wrapped(part, width, _HEADING_SIZE, max_lines=2, weight=weight)]
+    return [*lines, _Heading(f"{100 * token_map.visual_share:.0f} % of the kept tokens are visual", "normal")]
 
 
-def _wrapped(text: str, width: float, size: float, max_lines: int) -> list[str]:
+def _wrapped(text: str, width: float, size: float, max_lines: int, weight: str = "normal") -> list[str]:
     """The text in at most so many lines that take at most `width` inches in letters of `size` points."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
+    font = FontProperties(size=size, weight=weight)
+
     def inches(line: str) -> float:
-        return text_to_path.get_text_width_height_descent(line, FontProperties(size=size), ismath=False)[0] / 72
+        return text_to_path.get_text_width_height_descent(line, font, ismath=False)[0] / 72
 
     lines: list[str] = []
     shown = _visible(text)
@@ -333,14 +359,28 @@ def _draw_words(axes: "Axes", layout: _Layout, words: Sequence[_Word], colors: "
     axes.set_axis_off()
 
 
-def _draw_color_bar(figure: "Figure", layout: _Layout, colors: "ScalarMappable", pairs: int) -> None:
+def _bar_label(token_map: VisualTokenMap, height: float) -> str:
+    """What the colours stand for, in lines that are not longer than the bar."""
+    layers = token_map.layers
+    where = f"in layer {layers[0]}" if len(layers) == 1 else f"in {len(layers)} layers"
+    label = f"KV heads that keep the token, of {token_map.pairs} {where}"
+    return textwrap.fill(label, max(12, int(height / 0.065)))
+
+
+def _draw_color_bar(figure: "Figure", layout: _Layout, left: float, colors: "ScalarMappable") -> None:
+    """The colours of the counts, and below them a box for no head at all, which has none."""
     from matplotlib.ticker import MaxNLocator
 
-    left = layout.width - _BAR - 0.7
-    axes = layout.axes(figure, left, layout.panel_bottom, _BAR, layout.panel_height)
+    bottom = layout.panel_bottom
+    blank = layout.axes(figure, left, bottom, _BAR, _BAR)
+    blank.set(facecolor="white", xticks=[], yticks=[0.5], yticklabels=["0"])
+    blank.yaxis.tick_right()
+    blank.tick_params(labelsize=_BAR_SIZE)
+
+    start = 1.4 * _BAR
+    axes = layout.axes(figure, left, bottom + start, _BAR, layout.panel_height - start)
     bar = figure.colorbar(colors, cax=axes)
-    label = f"KV heads that keep the token, of {pairs} (no colour: none)"
-    bar.set_label(textwrap.fill(label, max(12, int(layout.panel_height / 0.06))), fontsize=7.5)
-    bar.ax.tick_params(labelsize=7.5)
-    bar.locator = MaxNLocator(integer=True)
+    bar.set_label(layout.bar_label, fontsize=_BAR_SIZE)
+    bar.ax.tick_params(labelsize=_BAR_SIZE)
+    bar.locator = MaxNLocator(nbins=6, integer=True)
     bar.update_ticks()
