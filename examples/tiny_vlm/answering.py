@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Cache
 
-from common import existing_folder as existing_folder  # the benchmarks take it from here
 from mmshiftkv import CACHE_ARGUMENT
 
 # Room for the longest answer that a page can have, by task.
