@@ -34,6 +34,67 @@ SHAPE = {
 }
 
 
+# Decoders that the library supports, by a name that begins with the model type, and what their configs need besides.
+SUPPORTED = {
+    "llama": {},
+    "llama-mha": {"num_key_value_heads": 4},
+    "llama-mqa": {"num_key_value_heads": 1},
+    "llama-head_dim": {"head_dim": 40},
+    "llama-yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
+    "llama-linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    "llama-longrope": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "factor": 4.0,
+            "short_factor": [1.0 + 0.1 * i for i in range(8)],
+            "long_factor": [2.0 + 0.3 * i for i in range(8)],
+            "original_max_position_embeddings": 128,
+            "rope_theta": 1e4,
+        }
+    },
+    "llama-llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "rope_theta": 1e4,
+        }
+    },
+    "llama-dynamic": {
+        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+        "max_position_embeddings": 16,
+    },
+    "mistral": {"sliding_window": None},
+    "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
+    "qwen2": {},
+    "qwen3": {},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "gemma": {},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 8},
+    "granite": {"attention_multiplier": 0.3},
+    "olmo2": {},
+    "cohere": {},
+    "glm": {"partial_rotary_factor": 0.5},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "starcoder2": {"sliding_window": None},
+    "helium": {},
+    "seed_oss": {},
+}
+
+# Decoders some of whose layers are not full attention, by model type.
+HYBRIDS = {
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 16},
+    "qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+}
+
+
 def text_model(model_type: str = "llama", *, attention: str = "sdpa", seed: int = 0, **changes) -> PreTrainedModel:
     """A decoder of `model_type` in float32 whose weights are large enough for attention to be far from even."""
     config = AutoConfig.for_model(model_type, **{**SHAPE, "initializer_range": 0.2, **changes})

@@ -8,20 +8,10 @@ import models
 from mmshiftkv import ShiftKVCache
 from mmshiftkv.storage.growing import GrowingLayer
 
-HYBRIDS = {
-    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 16},
-    "qwen2": {
-        "use_sliding_window": True,
-        "sliding_window": 16,
-        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-    },
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
-}
 
-
-@pytest.fixture(params=HYBRIDS)
+@pytest.fixture(params=models.HYBRIDS)
 def model(request):
-    return models.text_model(request.param, **HYBRIDS[request.param])
+    return models.text_model(request.param, **models.HYBRIDS[request.param])
 
 
 def greedy(model, cache, inputs):

@@ -10,58 +10,9 @@ import models
 from mmshiftkv import ShiftKVCache
 from mmshiftkv.model.decoder import Decoder
 
-# name -> what its config needs besides the common shape
-SUPPORTED = {
-    "llama": {},
-    "llama-mha": {"num_key_value_heads": 4},
-    "llama-mqa": {"num_key_value_heads": 1},
-    "llama-head_dim": {"head_dim": 40},
-    "llama-yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
-    "llama-linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
-    "llama-longrope": {
-        "rope_parameters": {
-            "rope_type": "longrope",
-            "factor": 4.0,
-            "short_factor": [1.0 + 0.1 * i for i in range(8)],
-            "long_factor": [2.0 + 0.3 * i for i in range(8)],
-            "original_max_position_embeddings": 128,
-            "rope_theta": 1e4,
-        }
-    },
-    "llama-llama3": {
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-            "rope_theta": 1e4,
-        }
-    },
-    "llama-dynamic": {
-        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
-        "max_position_embeddings": 16,
-    },
-    "mistral": {"sliding_window": None},
-    "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
-    "qwen2": {},
-    "qwen3": {},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    "gemma": {},
-    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 8},
-    "granite": {"attention_multiplier": 0.3},
-    "olmo2": {},
-    "cohere": {},
-    "glm": {"partial_rotary_factor": 0.5},
-    "smollm3": {"no_rope_layers": [1, 0, 1]},
-    "starcoder2": {"sliding_window": None},
-    "helium": {},
-    "seed_oss": {},
-}
-
 
 def build(name: str, **changes):
-    return models.text_model(name.split("-")[0], **{**SUPPORTED[name], **changes})
+    return models.text_model(name.split("-")[0], **{**models.SUPPORTED[name], **changes})
 
 
 def recorded_queries(model, **inputs):
@@ -100,7 +51,7 @@ def observed(model, ids):
     return decoder, inputs
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", models.SUPPORTED)
 def test_queries_are_those_the_model_makes(name):
     model, ids = build(name), models.prompt_ids(2, 24)
     expected = recorded_queries(model, input_ids=ids)
@@ -114,7 +65,7 @@ def test_queries_are_those_the_model_makes(name):
         assert layer.scaling == layer.module.scaling
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", models.SUPPORTED)
 def test_future_positions_are_those_the_model_would_use(name):
     # Longer texts change the frequencies of a dynamic embedding; here they do not.
     changes = {"max_position_embeddings": 512} if name == "llama-dynamic" else {}
@@ -129,7 +80,7 @@ def test_future_positions_are_those_the_model_would_use(name):
         torch.testing.assert_close(future_sin, all_sin[:, 12:22:3], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", models.SUPPORTED)
 def test_proxies_are_rotated_as_the_model_rotates(name):
     decoder, inputs = observed(build(name), models.prompt_ids(2, 10))
     for index, layer in decoder.attention.items():
