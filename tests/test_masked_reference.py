@@ -1,12 +1,11 @@
 """Decoding on a compressed cache is decoding on the full cache with the dropped entries masked out, head by head."""
 
-import contextlib
-
 import pytest
 import torch
 from transformers import DynamicCache
 
 import models
+from masked_reference import dropped_entries_masked
 from mmshiftkv import ShiftKVCache
 
 NEW_TOKENS = 8
@@ -22,37 +21,6 @@ def generate(model, inputs, cache):
         return_dict_in_generate=True,
         output_logits=True,
     )
-
-
-@contextlib.contextmanager
-def dropped_entries_masked(model, kept, valid):
-    """While decoding, each attention module sees of the prompt, valid: (B, T) bool, only what its heads kept."""
-    tokens = valid.shape[1]
-    handles = []
-    for module in model.modules():
-        if not hasattr(module, "q_proj") or getattr(module, "layer_idx", None) is None:
-            continue
-        chosen = kept[module.layer_idx]
-        seen = chosen.new_zeros(*chosen.shape[:2], tokens, dtype=torch.bool).scatter_(-1, chosen, True) & valid[:, None]
-        seen = seen.repeat_interleave(module.num_key_value_groups, dim=1)[:, :, None]
-
-        def mask(module, args, kwargs, seen=seen):
-            if kwargs["hidden_states"].shape[1] > 1:
-                return None
-            cache = kwargs.get("cache", kwargs.get("past_key_values"))
-            later = cache.get_seq_length(module.layer_idx) + 1 - tokens
-            shown = torch.cat([seen, seen.new_ones(*seen.shape[:3], later)], dim=-1)
-            if module.config._attn_implementation == "eager":
-                hidden = torch.finfo(kwargs["hidden_states"].dtype).min
-                shown = torch.zeros_like(shown, dtype=kwargs["hidden_states"].dtype).masked_fill(~shown, hidden)
-            return args, {**kwargs, "attention_mask": shown}
-
-        handles.append(module.register_forward_pre_hook(mask, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def assert_decodes_like_the_masked_full_cache(model, inputs, budget, tolerance=2e-4, **settings):
