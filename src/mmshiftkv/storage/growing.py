@@ -32,7 +32,7 @@ class GrowingLayer(SelectedLayer):
             seen: columns of the prompt.
         """
         layer = cls()
-        layer.lazy_initialization(keys, values)
+        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
         layer._hold(keys, values, keys.shape[2])
         layer._kept, layer._seen = kept, seen
         layer.prompt_stored = keys.shape[2]
