@@ -72,8 +72,8 @@ class Prefill:
         return self._seen
 
     @property
-    def has_begun(self) -> bool:
-        """Whether a pass of the prompt is complete."""
+    def is_collecting(self) -> bool:
+        """Whether a pass of the prompt is complete, and the prompt has not ended with it."""
         return self._seen > 0
 
     @property
@@ -86,15 +86,15 @@ class Prefill:
         self._may_shrink = True
         self._storage = storage
 
-    def ends_before(self, tokens: int) -> bool:
-        """Whether a pass of so many tokens comes after the prompt.
+    def is_followed_by(self, tokens: int) -> bool:
+        """Whether a pass of so many tokens comes after the prompt, not in it.
 
         Raises:
             ValueError: the last pass did not come to its end.
         """
         if self._arrived:
             raise ValueError("the cache holds part of a prompt whose prefill was interrupted; call reset()")
-        if not self.has_begun:
+        if not self.is_collecting:
             return False
         may_go_on = self._settings.prompt_length is not None or tokens > 1
         return not (self._settings.prefill == "chunked" and may_go_on)
@@ -150,8 +150,8 @@ class Prefill:
 
     def finish(self, index: int, layer: SelectedLayer) -> SelectedLayer:
         """Ends the prompt in one layer: the layer that takes its place."""
-        assert layer.storage is not None
-        keys, values = (part[:, :, : layer.stored] for part in layer.storage)
+        assert layer.allocated is not None
+        keys, values = (part[:, :, : layer.stored] for part in layer.allocated)
         return self._select(index, layer, keys, values)
 
     def take_back(self, tokens: int) -> None:
