@@ -94,7 +94,7 @@ class PrefillSelectionCache(DynamicCache):
         self._storage = self._own_storage
         # None as soon as the prompt has been selected from: then every token is stored.
         self._prefill: Prefill | None = Prefill(self._settings, self._decoder, self._hooks, self._method, self._storage)
-        self._single_pass = 0
+        self._prompt_tokens = 0
 
     def kept_indices(self, layer: int) -> torch.Tensor | None:
         """The columns of the first prompt's input that `layer` holds.
@@ -127,7 +127,7 @@ class PrefillSelectionCache(DynamicCache):
                 token.
         """
         self._storage.check()
-        if self._prefill is not None and self._prefill.ends_before(tokens):
+        if self._prefill is not None and self._prefill.is_followed_by(tokens):
             self._end_prompt()
         if self._prefill is not None:
             self._prefill.begin_pass(self, tokens)
@@ -161,7 +161,7 @@ class PrefillSelectionCache(DynamicCache):
             )
         if self._prefill.is_over:
             if self._settings.prefill == "single" and self.layers[layer_idx].dropped:
-                self._single_pass = self._prefill.seen
+                self._prompt_tokens = self._prefill.seen
             self._prefill = None
         return attended
 
@@ -174,7 +174,7 @@ class PrefillSelectionCache(DynamicCache):
         tokens_to_remove = int(tokens_to_remove)  # assisted decoding may pass a tensor
         for index in self._selected:
             self.layers[index].check_crop(tokens_to_remove)
-        if self._prefill is not None and self._prefill.has_begun:
+        if self._prefill is not None and self._prefill.is_collecting:
             self._prefill.take_back(-tokens_to_remove)
         if tokens_to_remove and self.layers[self._selected[0]].stored == -tokens_to_remove:
             self.reset()
@@ -183,7 +183,7 @@ class PrefillSelectionCache(DynamicCache):
         self._end_prompt()
 
     def activate_past_recording(self) -> None:
-        """The last tokens of the next passes may be taken back: a prompt ends with the first `crop`, not before."""
+        """The last tokens may be taken back from now on: a prompt ends at the `crop`, or the pass, that follows it."""
         super().activate_past_recording()
         if self._prefill is not None:
             self._storage = GrowingStorage(self._settings.backend)
@@ -215,17 +215,17 @@ class PrefillSelectionCache(DynamicCache):
     @torch.no_grad()
     def _end_prompt(self) -> None:
         """Selects from a prompt that is complete but was still being collected."""
-        if self._prefill is not None and self._prefill.has_begun:
+        if self._prefill is not None and self._prefill.is_collecting:
             for index in self._selected:
                 self.layers[index] = self._prefill.finish(index, self.layers[index])
             self._prefill = None
 
     def _warn_of_chunks(self, tokens: int) -> None:
         # Chunks cannot be told from turns for certain, but turns are rarely as long as the prompt to the token.
-        if self._single_pass == tokens > 1:
+        if self._prompt_tokens == tokens > 1:
             warnings.warn(
                 f"a second pass of {tokens} tokens right after a prompt of as many: if they are chunks of one prompt, "
                 'build the cache with prefill="chunked", or only the first is compressed',
                 stacklevel=4,
             )
-        self._single_pass = 0
+        self._prompt_tokens = 0

@@ -72,8 +72,8 @@ class Prefill:
         return self._seen
 
     @property
-    def has_begun(self) -> bool:
-        """Whether a pass of the prompt is complete."""
+    def is_collecting(self) -> bool:
+        """Whether a pass of the prompt is complete, and the prompt has not ended with it."""
         return self._seen > 0
 
     @property
@@ -86,15 +86,15 @@ class Prefill:
         self._may_shrink = True
         self._storage = storage
 
-    def ends_before(self, tokens: int) -> bool:
-        """Whether a pass of so many tokens comes after the prompt.
+    def is_followed_by(self, tokens: int) -> bool:
+        """Whether a pass of so many tokens comes after the prompt, not in it.
 
         Raises:
             ValueError: the last pass did not come to its end.
         """
         if self._arrived:
             raise ValueError("the cache holds part of a prompt whose prefill was interrupted; call reset()")
-        if not self.has_begun:
+        if not self.is_collecting:
             return False
         may_go_on = self._settings.prompt_length is not None or tokens > 1
         return not (self._settings.prefill == "chunked" and may_go_on)
@@ -136,9 +136,10 @@ class Prefill:
         seen = layer.seen + keys.shape[2]
         ends = not self._may_shrink and (self._settings.prefill == "single" or seen == self._settings.prompt_length)
         inputs = self._inputs_of(index, keys, seen, ends)
-        if layer.seen or not ends or self._fits(seen):
+        is_kept_whole = ends and tokens_to_keep(self._settings.budget, seen) == seen
+        if layer.seen or not ends or is_kept_whole:
             keys, values = layer.update(keys, values)
-        if not (ends and self._fits(seen)):
+        if not is_kept_whole:
             self._summarize(index, inputs)
         if ends:
             layer = self._select(index, layer, keys, values)
@@ -149,8 +150,8 @@ class Prefill:
 
     def finish(self, index: int, layer: SelectedLayer) -> SelectedLayer:
         """Ends the prompt in one layer: the layer that takes its place."""
-        assert layer.storage is not None
-        keys, values = (part[:, :, : layer.stored] for part in layer.storage)
+        assert layer.allocated is not None
+        keys, values = (part[:, :, : layer.stored] for part in layer.allocated)
         return self._select(index, layer, keys, values)
 
     def take_back(self, tokens: int) -> None:
@@ -189,32 +190,31 @@ class Prefill:
 
     def _summarize(self, index: int, inputs: LayerInput) -> None:
         """Adds new tokens to the layer's summary, but for those that may be taken back."""
+        if not self._may_shrink:
+            self._fold(index, inputs)
+            return
         self._fold(index, self._tails.pop(index, None))
         tokens = inputs.hidden_states.shape[1]
-        sure = max(tokens - _MOST_CANDIDATES, 0) if self._may_shrink else tokens
+        sure = max(tokens - _MOST_CANDIDATES, 0)
         if sure:
             self._fold(index, inputs.tokens(0, sure))
-        if sure < tokens:
-            self._tails[index] = inputs.tokens(sure, tokens).copied()
+        self._tails[index] = inputs.tokens(sure, tokens).copied()
 
     def _fold(self, index: int, inputs: LayerInput | None) -> None:
         if inputs is not None:
             attention = self._decoder.attention[index]
             self._summaries[index] = self._method.observe(attention, inputs, self._summaries.get(index))
 
-    def _fits(self, tokens: int) -> bool:
-        return tokens_to_keep(self._settings.budget, tokens) == tokens
-
     def _select(self, index: int, layer: SelectedLayer, keys: torch.Tensor, values: torch.Tensor) -> SelectedLayer:
         """Hands over to storage what is kept of a complete prompt."""
         assert self._padding is not None
         valid = self._padding.valid(keys.device)
         kept = refitted = None
-        if not self._fits(keys.shape[2]):
+        count = tokens_to_keep(self._settings.budget, keys.shape[2])
+        if count < keys.shape[2]:
             self._fold(index, self._tails.pop(index, None))
             attention, summary = self._decoder.attention[index], self._summaries[index]
             scores = checked_scores(self._method, self._method.score(attention, summary, keys, values, valid), keys)
-            count = tokens_to_keep(self._settings.budget, keys.shape[2])
             kept = keep_best(scores, count, valid, backend=self._settings.backend)
             refitted = self._method.refit(attention, summary, keys, values, kept, valid)
             refitted = checked_values(self._method, refitted, values, kept)

@@ -39,7 +39,8 @@ class Selection:
 class SelectedLayer(DynamicLayer, ABC):
     """A layer from whose prompt tokens are selected.
 
-    It holds the first `stored` tokens of `storage`: what was kept of the prompt, and behind it all that came later.
+    It fills the first `stored` of its `allocated` slots: with what was kept of the prompt, and behind it with all that
+    came later.
     Positions follow `seen`.
 
     Attributes:
@@ -53,7 +54,7 @@ class SelectedLayer(DynamicLayer, ABC):
 
     @property
     @abstractmethod
-    def storage(self) -> Pair | None:
+    def allocated(self) -> Pair | None:
         """All slots for keys and values, (B, H_kv, slots, D); None before the first token."""
 
     @property
@@ -82,21 +83,21 @@ class SelectedLayer(DynamicLayer, ABC):
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token's keys and values, in all rows and KV heads."""
-        return sum(part[:, :, :1].nbytes for part in self.storage) if self.storage else 0
+        return sum(part[:, :, :1].nbytes for part in self.allocated) if self.allocated else 0
 
     @property
     def allocated_bytes(self) -> int:
         """Bytes of the storage, slots not yet filled included."""
-        return sum(part.nbytes for part in self.storage) if self.storage else 0
+        return sum(part.nbytes for part in self.allocated) if self.allocated else 0
 
     @property
     def kept_indices(self) -> torch.Tensor | None:
         """(B, H_kv, kept) int64: the prompt's columns that are held, ascending; None before the prompt has ended."""
         if self._kept is not None or not self.prompt_stored:
             return self._kept
-        assert self.storage is not None
+        assert self.allocated is not None
         everything = torch.arange(self.prompt_stored, device=self.device)
-        return everything.expand(*self.storage[0].shape[:2], -1).clone()
+        return everything.expand(*self.allocated[0].shape[:2], -1).clone()
 
     def keep_all(self) -> None:
         """Ends the prompt with everything that is held of it."""
@@ -144,9 +145,9 @@ class SelectedLayer(DynamicLayer, ABC):
         self._change_rows(lambda part: part[indices.to(part.device) if torch.is_tensor(indices) else indices])
 
     def _change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if self.storage is None:
+        if self.allocated is None:
             return
-        self._hold_rows(*map(change, self.storage))
+        self._hold_rows(*map(change, self.allocated))
         if self._kept is not None:
             self._kept = change(self._kept)
 

@@ -19,7 +19,7 @@ class GrowingLayer(SelectedLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._storage: Pair | None = None
+        self._allocated: Pair | None = None
         self._seen = 0
 
     @classmethod
@@ -32,16 +32,16 @@ class GrowingLayer(SelectedLayer):
             seen: columns of the prompt.
         """
         layer = cls()
-        layer.lazy_initialization(keys, values)
+        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
         layer._hold(keys, values, keys.shape[2])
         layer._kept, layer._seen = kept, seen
         layer.prompt_stored = keys.shape[2]
         return layer
 
     @property
-    def storage(self) -> Pair | None:
+    def allocated(self) -> Pair | None:
         """All slots for keys and values, (B, H_kv, slots, D); None before the first token."""
-        return self._storage
+        return self._allocated
 
     @property
     def seen(self) -> int:
@@ -70,10 +70,10 @@ class GrowingLayer(SelectedLayer):
         self._check_rows(key_states)
         start, length = self.stored, self.stored + key_states.shape[-2]
         self._make_room(length)
-        assert self._storage is not None
-        for storage, states in zip(self._storage, (key_states, value_states), strict=True):
+        assert self._allocated is not None
+        for storage, states in zip(self._allocated, (key_states, value_states), strict=True):
             storage[:, :, start:length] = states.detach()
-        self._hold(*self._storage, length)
+        self._hold(*self._allocated, length)
         self._seen += key_states.shape[-2]
         assert self.keys is not None
         assert self.values is not None
@@ -88,26 +88,26 @@ class GrowingLayer(SelectedLayer):
         return self.stored + query_length, self.dropped
 
     def _remove(self, count: int) -> None:
-        assert self._storage is not None
-        self._hold(*self._storage, self.stored - count)
+        assert self._allocated is not None
+        self._hold(*self._allocated, self.stored - count)
         self._seen -= count
 
     def _hold_rows(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self._hold(keys, values, self.stored)
 
     def _hold(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
-        self._storage = keys, values
+        self._allocated = keys, values
         self.keys, self.values = keys[:, :, :length], values[:, :, :length]
 
     def _make_room(self, length: int) -> None:
-        assert self._storage is not None
-        if length <= self._storage[0].shape[2]:
+        assert self._allocated is not None
+        if length <= self._allocated[0].shape[2]:
             return
-        # Exact for a prompt, in steps of a quarter behind it: no copy of everything for every token.
+        # Exact for what comes first, then in steps of a quarter: no copy of everything for every token.
         capacity = length if self.stored == 0 else length + max(_LEAST_GROWTH, length // 4)
         filled = self.stored
         grown = []
-        for part in self._storage:
+        for part in self._allocated:
             room = part.new_empty((*part.shape[:2], capacity, part.shape[3]))
             room[:, :, :filled] = part[:, :, :filled]
             grown.append(room)

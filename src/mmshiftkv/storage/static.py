@@ -29,7 +29,7 @@ class StaticLayer(SelectedLayer):
 
     Args:
         index: the layer's number.
-        owner: the storage of all layers of the cache, which is told of each pass.
+        storage: that of all layers of the cache; it hears of each pass.
         slots: the layer's buffers, with the kept tokens in front and zeros behind them.
         kept: (B, H_kv, C) int64, the columns that were kept; None: all.
         stored: C.
@@ -39,39 +39,41 @@ class StaticLayer(SelectedLayer):
     is_compileable = True
 
     def __init__(
-        self, index: int, owner: "StaticStorage", slots: Pair, kept: torch.Tensor | None, *, stored: int, dropped: int
+        self, index: int, storage: "StaticStorage", slots: Pair, kept: torch.Tensor | None, *, stored: int, dropped: int
     ) -> None:
         super().__init__()
         self._index = index
-        self._owner = weakref.ref(owner)  # weak: without a cycle the buffers are free as soon as the cache is
-        self._buffers = owner.buffers
-        self._is_first, self._is_last = owner.place_of(index)
+        # Weak: without a cycle the buffers are free as soon as the cache is.
+        self._weak_storage = weakref.ref(storage)
+        self._buffers = storage.buffers
+        self._is_first, self._is_last = storage.place_of(index)
         self._kept = kept
         self._dropped = dropped
         self.prompt_stored = stored
         self.is_initialized = True
-        self._take(slots)
+        self._use(slots)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StaticLayer":
         copied = copy.copy(self)
         memo[id(self)] = copied
-        copied._owner = weakref.ref(copy.deepcopy(self._storage_of_all(), memo))
+        copied._weak_storage = weakref.ref(copy.deepcopy(self._storage, memo))
         copied._buffers = copy.deepcopy(self._buffers, memo)
         copied._kept = copy.deepcopy(self._kept, memo)
-        copied._take(copied._buffers.of_layer(self._index, *self.storage, self.slots))
+        copied._use(copied._buffers.of_layer(self._index, *self.allocated, self.slots))
         return copied
 
-    def _storage_of_all(self) -> "StaticStorage":
-        owner = self._owner()
-        assert owner is not None
-        return owner
+    @property
+    def _storage(self) -> "StaticStorage":
+        storage = self._weak_storage()
+        assert storage is not None
+        return storage
 
-    def _take(self, slots: Pair) -> None:
+    def _use(self, slots: Pair) -> None:
         self.keys, self.values = slots
         self.dtype, self.device = slots[0].dtype, slots[0].device
 
     @property
-    def storage(self) -> Pair:
+    def allocated(self) -> Pair:
         """All slots for keys and values, (B, H_kv, slots, D)."""
         assert self.keys is not None
         assert self.values is not None
@@ -80,7 +82,7 @@ class StaticLayer(SelectedLayer):
     @property
     def slots(self) -> int:
         """Tokens that there is room for."""
-        return self.storage[0].shape[2]
+        return self.allocated[0].shape[2]
 
     @property
     def filled(self) -> torch.Tensor:
@@ -111,7 +113,7 @@ class StaticLayer(SelectedLayer):
         self._check_rows(key_states)
         tokens = key_states.shape[-2]
         if self._is_first and not torch.compiler.is_compiling():
-            self._storage_of_all().claim(tokens)
+            self._storage.claim(tokens)
         keys, values = self.keys, self.values
         assert keys is not None
         assert values is not None
@@ -132,12 +134,12 @@ class StaticLayer(SelectedLayer):
 
     def enlarge(self, slots: int) -> None:
         """Moves to buffers of more slots."""
-        old, filled = self.storage, self.stored
+        old, filled = self.allocated, self.stored
         new = self._buffers.of_layer(self._index, *old, slots)
         for mine, theirs in zip(old, new, strict=True):
             theirs[:, :, :filled] = mine[:, :, :filled]
             theirs[:, :, filled:] = 0
-        self._take(new)
+        self._use(new)
 
     def _remove(self, count: int) -> None:
         if self._is_last:
@@ -148,7 +150,7 @@ class StaticLayer(SelectedLayer):
         new = self._buffers.of_layer(self._index, keys, values, self.slots)
         for mine, theirs in zip((keys, values), new, strict=True):
             theirs.copy_(mine)
-        self._take(new)
+        self._use(new)
 
 
 class StaticStorage(Storage):
@@ -231,17 +233,17 @@ class StaticStorage(Storage):
         slots = self._layers[0].slots
         # Several tokens are a later turn.
         has_turns = self._has_turns or tokens > 1
-        if self.buffers.reserved + tokens > slots:
-            self.buffers.reserved = self._layers[0].stored
-        if self.buffers.reserved + tokens > slots:
+        if self.buffers.taken + tokens > slots:
+            self.buffers.taken = self._layers[0].stored
+        if self.buffers.taken + tokens > slots:
             if not has_turns:
                 raise ValueError(
                     f"max_new_tokens={self._new_tokens}: all {slots} slots of the cache are filled; build it with a "
                     "larger number, or without one for storage that grows"
                 )
             # Twice as much at least, so that a conversation of many turns is not compiled again in each.
-            self._enlarge(max(self.buffers.reserved + tokens + self._new_tokens, 2 * slots))
-        self.buffers.reserved += tokens
+            self._enlarge(max(self.buffers.taken + tokens + self._new_tokens, 2 * slots))
+        self.buffers.taken += tokens
         self._has_turns = has_turns
         self._is_reserved = True
 
