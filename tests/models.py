@@ -1,5 +1,6 @@
 """Tiny models with random weights, of the real classes, for tests that need no meaning."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -123,13 +124,14 @@ class VisionCase:
         self.model = model
         self.processor = processor
 
-    def inputs(self, *prompts: tuple[str, Image.Image]) -> dict[str, torch.Tensor]:
-        """A left-padded batch of (question, image) prompts."""
+    def inputs(self, *prompts: tuple[str, Image.Image | Sequence[Image.Image]]) -> dict[str, torch.Tensor]:
+        """A left-padded batch of prompts: questions with an image each, or with several."""
         self.processor.tokenizer.padding_side = "left"
-        conversations = [
-            [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
-            for question, image in prompts
-        ]
+        conversations = []
+        for question, given in prompts:
+            images = [given] if isinstance(given, Image.Image) else given
+            content = [{"type": "image", "image": image} for image in images]
+            conversations.append([{"role": "user", "content": [*content, {"type": "text", "text": question}]}])
         return self.processor.apply_chat_template(
             conversations,
             add_generation_prompt=True,

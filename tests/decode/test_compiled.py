@@ -7,19 +7,13 @@ import logging
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, DynamicCache
+from transformers import DynamicCache
 
 import models
+from compiling import compiling, graphs
 from mmshiftkv import PrefillSelectionCache, ShiftKVCache, SnapKVCache
 
 NEW_TOKENS = 12
-
-
-def compiling() -> CompileConfig:
-    """Traces and guards as on a GPU, and takes no compiler."""
-    config = CompileConfig(backend="eager", mode=None, fullgraph=True)
-    config._compile_all_devices = True
-    return config
 
 
 def generate(model, inputs, cache, **options):
@@ -36,10 +30,6 @@ def prefill(model, cache, ids):
     with torch.no_grad():
         model(ids, past_key_values=cache, use_cache=True)
     return cache
-
-
-def graphs() -> int:
-    return counters["stats"]["unique_graphs"]
 
 
 def addresses(cache):

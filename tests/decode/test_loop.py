@@ -4,11 +4,12 @@ import gc
 
 import pytest
 import torch
-from test_compiled import NEW_TOKENS, compiling
+from test_compiled import NEW_TOKENS
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 import models
+from compiling import compiling
 from mmshiftkv import ShiftKVCache, decode_ahead
 
 MODES = {

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _LEFT_OUT = ("mixtral", "qwen3_moe", "llama-dynamic")
 # Of the hybrids, those without a state that later passes overwrite.
 SLIDING = ("gemma3_text", "qwen2")
-DECODERS = tuple(name for name in models.SUPPORTED if name not in (*_LEFT_OUT, *SLIDING)) + ("qwen2",)
+DECODERS = ("qwen2", *(name for name in models.SUPPORTED if name not in (*_LEFT_OUT, *SLIDING)))
 _MODELS_HELD = 32
 
 
@@ -63,7 +63,9 @@ class TextModel:
         if self.kv_heads is not None:
             changes["num_key_value_heads"] = self.kv_heads
         model = models.text_model(self.name.split("-")[0], attention=self.attention, seed=self.weights, **changes)
-        return model.to(getattr(torch, self.dtype))
+        for parameter in model.parameters():  # not the rotary factors, as when a checkpoint is loaded
+            parameter.data = parameter.data.to(getattr(torch, self.dtype))
+        return model
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,9 @@ class Bench:
         return self._held((family, attention), build)
 
     def hooks(self) -> int:
-        """How many hooks there are on all the models held."""
-        return sum(models.hooks_on(getattr(held, "model", held)) for held in self._models.values())
+        """How many hooks there are on the decoders of all models held; image towers have some of their own."""
+        held = (case.model if isinstance(case, models.VisionCase) else case for case in self._models.values())
+        return sum(models.hooks_on(model.get_decoder()) for model in held)
 
     def forget(self) -> None:
         """Lets all models go, as after a failure that may have changed one."""

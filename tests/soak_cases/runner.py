@@ -42,6 +42,7 @@ def silence() -> None:
     """Hides the warnings that many drawn settings call for; the messages of refusals are exceptions."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     logging.getLogger("mmshiftkv").setLevel(logging.ERROR)
 
 

@@ -1,0 +1,162 @@
+"""Prompts in several passes against the same prompt in one."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+import models
+from mmshiftkv import ShiftKVCache
+
+from .bench import Bench, Prompts, TextModel, draw_budget, tokens_kept
+from .case import Case, Draws, Outcome, refused
+from .checks import (
+    assert_close,
+    check_kept,
+    check_lengths,
+    compare_generations,
+    compare_kept,
+    generate,
+    kept_by_layer,
+    masked_generation,
+    masked_logits,
+    prefilled,
+    run_pass,
+)
+
+
+def draw_settings(draws: Draws) -> tuple[tuple[str, Any], ...]:
+    """Settings of ShiftKV that look at parts of a prompt."""
+    return draws.one_of((), (("stats_window", draws.randint(1, 20)),), (("last_token_layers", draws.randint(1, 3)),))
+
+
+@dataclass(frozen=True)
+class GeneratedInChunks(Case):
+    """`generate` with `prefill_chunk_size` selects what a single pass selects, and goes on as the masked full cache.
+
+    Attributes:
+        chunk: tokens of a chunk.
+        told: the cache is told the prompt's length.
+        settings: of ShiftKV.
+        beams: of a beam search; 1: greedy.
+    """
+
+    model: TextModel
+    prompts: Prompts
+    budget: int | float
+    chunk: int
+    told: bool
+    settings: tuple[tuple[str, Any], ...]
+    beams: int
+    new_tokens: int
+
+    @classmethod
+    def draw(cls, draws: Draws) -> Self:
+        model, prompts = TextModel.draw(draws), Prompts.draw(draws, shortest=2)
+        width = prompts.width
+        chunk = draws.one_of(draws.randint(1, width + 3), max(1, width - 1), draws.randint(1, 9))
+        budget = draw_budget(draws, width, covering=draws.is_rare(0.2))
+        told = draws.is_rare(0.85)
+        return cls(
+            model, prompts, budget, chunk, told, draw_settings(draws), draws.one_of(1, 1, 3), draws.randint(2, 6)
+        )
+
+    def run(self, bench: Bench) -> Outcome:
+        model, inputs, settings = bench.text(self.model), self.prompts.inputs(bench.device), dict(self.settings)
+        length = self.prompts.width if self.told else None
+        cache = ShiftKVCache(model, budget=self.budget, prefill="chunked", prompt_length=length, **settings)
+        options = {"max_new_tokens": self.new_tokens, "num_beams": self.beams, "eos_token_id": None}
+        if self._is_refused():
+            with refused("end_prompt|prompt_length"):
+                generate(model, inputs, cache, prefill_chunk_size=self.chunk, **options)
+            return Outcome.REFUSED
+        found = generate(model, inputs, cache, prefill_chunk_size=self.chunk, **options)
+        single = prefilled(model, ShiftKVCache(model, budget=self.budget, **settings), inputs)
+        rows = inputs["attention_mask"].repeat_interleave(self.beams, dim=0)
+        check_kept(cache, rows, self.budget)
+        seen = self.prompts.width + self.new_tokens - 1
+        check_lengths(cache, seen, tokens_kept(self.budget, self.prompts.width) + self.new_tokens - 1)
+        single.batch_repeat_interleave(self.beams)
+        outcome = compare_kept(kept_by_layer(cache), kept_by_layer(single))
+        expected = masked_generation(model, inputs, kept_by_layer(cache), **options)
+        return outcome | compare_generations(found, expected, self.prompts.width)
+
+    def _is_refused(self) -> bool:
+        """Whether one token comes where it may be the prompt's last or the answer's first; beams end a prompt."""
+        has_short_tail = self.chunk < self.prompts.width and (self.chunk == 1 or self.prompts.width % self.chunk == 1)
+        return not self.told and (self.beams == 1 or has_short_tail)
+
+
+@dataclass(frozen=True)
+class FedInChunks(Case):
+    """Chunks of any sizes, fed one after another, select what a single pass selects.
+
+    Attributes:
+        sizes: tokens of each chunk.
+        told: the cache is told the prompt's length; else `end_prompt()` ends it.
+        steps: tokens of the turn behind the prompt.
+        settings: of ShiftKV.
+        unpadded: masks are left out, where the prompt has no padding.
+    """
+
+    model: TextModel
+    prompts: Prompts
+    budget: int | float
+    sizes: tuple[int, ...]
+    told: bool
+    steps: int
+    settings: tuple[tuple[str, Any], ...]
+    unpadded: bool
+
+    @classmethod
+    def draw(cls, draws: Draws) -> Self:
+        model, prompts, sizes = TextModel.draw(draws), Prompts.draw(draws), []
+        while sum(sizes) < prompts.width:
+            size = draws.one_of(1, draws.randint(1, 5), draws.randint(1, 40))
+            sizes.append(min(size, prompts.width - sum(sizes)))
+        budget = draw_budget(draws, prompts.width, covering=draws.is_rare(0.2))
+        unpadded = set(prompts.lengths) == {prompts.width} and draws.is_rare(0.5)
+        told, steps = draws.is_rare(0.5), draws.randint(1, 6)
+        return cls(model, prompts, budget, tuple(sizes), told, steps, draw_settings(draws), unpadded)
+
+    def run(self, bench: Bench) -> Outcome:
+        model, inputs, settings = bench.text(self.model), self.prompts.inputs(bench.device), dict(self.settings)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        length = self.prompts.width if self.told else None
+        cache = ShiftKVCache(model, budget=self.budget, prefill="chunked", prompt_length=length, **settings)
+        is_refused, fed = False, 0
+        for size in self.sizes:
+            piece, so_far = ids[:, fed : fed + size], None if self.unpadded else mask[:, : fed + size]
+            if not self.told and size == 1 and fed:
+                # It may be the last token of the prompt or the first of the answer.
+                with refused("end_prompt|prompt_length"):
+                    run_pass(model, cache, piece, so_far)
+                is_refused = True
+                break
+            run_pass(model, cache, piece, so_far)
+            fed += size
+            if not self.told or fed < self.prompts.width:
+                assert all(kept is None for kept in kept_by_layer(cache).values())
+                check_lengths(cache, fed, fed)
+        if is_refused:
+            check_lengths(cache, fed, fed)
+            if not mask[:, :fed].any(dim=1).all():
+                return Outcome.REFUSED  # a row has nothing but padding so far, which is no prompt
+        cache.end_prompt()
+        outcome = self._compare(model, cache, ids[:, :fed], mask[:, :fed], settings)
+        return Outcome.REFUSED if is_refused else outcome
+
+    def _compare(
+        self, model: Any, cache: ShiftKVCache, ids: torch.Tensor, mask: torch.Tensor, settings: dict[str, Any]
+    ) -> Outcome:
+        check_kept(cache, mask, self.budget)
+        check_lengths(cache, ids.shape[1], tokens_kept(self.budget, ids.shape[1]))
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        single = prefilled(model, ShiftKVCache(model, budget=self.budget, **settings), inputs)
+        outcome = compare_kept(kept_by_layer(cache), kept_by_layer(single))
+        turn = models.prompt_ids(ids.shape[0], self.steps, seed=self.steps).to(ids.device)
+        whole = torch.cat([mask, mask.new_ones(turn.shape)], dim=1)
+        found = run_pass(model, cache, turn, whole)
+        expected = masked_logits(model, [ids, turn], mask, kept_by_layer(cache))[1]
+        assert_close(found, expected, "logits of the turn")
+        return outcome
