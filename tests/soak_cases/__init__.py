@@ -8,6 +8,7 @@ from .copies import Copies, Interleaved, Threads
 from .generating import CoveringBudget, SmallBudget
 from .images import Images, Questions
 from .interrupts import Interrupts
+from .machine import Machine
 from .methods import OtherMethod
 from .precision import HalfPrecision
 from .rows import OneRowForAll, RowAlone, RowChanges
@@ -25,6 +26,7 @@ CATEGORIES: dict[str, type[Case]] = {
     "assisted": Assisted,
     "generated_in_chunks": GeneratedInChunks,
     "fed_in_chunks": FedInChunks,
+    "machine": Machine,
     "copies": Copies,
     "interleaved": Interleaved,
     "threads": Threads,

@@ -47,11 +47,11 @@ class Compiled(Case):
     def draw(cls, draws: Draws) -> Self:
         model = TextModel(draws.choice(_NAMES), attention=draws.one_of("sdpa", "eager"), weights=draws.randrange(2))
         rows, new_tokens = draws.randint(1, 3), draws.randint(3, 9)
-        lengths = tuple(tuple(draws.randint(1, 60) for _ in range(rows)) for _ in range(draws.randint(2, 4)))
+        lengths = tuple(tuple(draws.randint(1, 60) for _ in range(rows)) for _ in range(draws.randint(2, 3)))
         turn = draws.one_of(0, 0, draws.randint(1, 6))
-        room = (
-            new_tokens + draws.one_of(0, draws.randint(1, 30)) if draws.is_rare(0.8) else draws.randint(1, new_tokens)
-        )
+        room = new_tokens + draws.one_of(0, draws.randint(1, 30))
+        if draws.is_rare(0.2):
+            room = draws.randint(1, new_tokens)
         choice = draws.one_of((), (("do_sample", True), ("top_k", 20)), (("repetition_penalty", 1.2),))
         ahead, same_cache = draws.is_rare(0.4), draws.is_rare(0.4)
         return cls(model, lengths, draws.randint(1, 30), room, new_tokens, choice, ahead, same_cache, turn)

@@ -16,7 +16,7 @@ from .methods import draw_method, protected
 
 @dataclass(frozen=True)
 class HalfPrecision(Case):
-    """Logits in half precision are as near to the masked full cache in float32 as those of that cache in half precision.
+    """Logits in half precision are as near to float32 as those of the masked full cache in half precision.
 
     Attributes:
         method: the name of the cache's method.
@@ -73,6 +73,4 @@ class HalfPrecision(Case):
         size = expected.norm().item()
         error, own = ((part.float() - expected).norm().item() / size for part in (found, same_dtype))
         allowed = 3 * own + 8 * torch.finfo(found.dtype).eps
-        assert error <= allowed, (
-            f"relative error {error:.3g}, allowed {allowed:.3g} (the full cache's own is {own:.3g})"
-        )
+        assert error <= allowed, f"relative error {error:.3g}, allowed {allowed:.3g}, the full cache has {own:.3g}"

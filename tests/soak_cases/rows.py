@@ -111,9 +111,8 @@ class RowChange:
             return [row for row in range(rows) for _ in range(self.numbers[0])]
         return list(self.numbers)
 
-    def apply(self, cache: Any, rows: int) -> None:
+    def apply(self, cache: Any, rows: int, device: torch.device) -> None:
         """Changes a cache that has so many rows."""
-        device = cache.layers[0].keys.device
         if self.call == "reorder":
             cache.reorder_cache(torch.tensor(self.numbers, device=device))
         elif self.call == "repeat":
@@ -164,7 +163,7 @@ class RowChanges(Case):
                 ids, logits = self._step(model, cache, ids, mask)
             rows = ids.shape[0]
             before, source = kept_by_layer(cache), change.source(rows)
-            change.apply(cache, rows)
+            change.apply(cache, rows, bench.device)
             ids, mask = ids[source], mask[source]
             for index, kept in kept_by_layer(cache).items():
                 assert before[index] is None or kept.equal(before[index][source]), f"layer {index}: other rows are kept"
