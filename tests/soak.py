@@ -33,7 +33,7 @@ from soak_cases import CATEGORIES
 from soak_cases.bench import Bench
 from soak_cases.case import Draws, Outcome
 from soak_cases.record import Record
-from soak_cases.runner import Soak, describe, run_case, silence
+from soak_cases.runner import Soak, describe, run_case
 
 
 def repeat(category: str, seed: int, device: str = "cpu") -> Outcome:
@@ -44,7 +44,6 @@ def repeat(category: str, seed: int, device: str = "cpu") -> Outcome:
         seed: of the case.
         device: where its model runs.
     """
-    silence()
     torch.set_num_threads(1)
     case = CATEGORIES[category].draw(Draws(category, seed))
     print(f"{category}:{seed}", *describe(case), sep="\n  ")
@@ -99,7 +98,6 @@ def main() -> int:
         category, _, seed = options.case.rpartition(":")
         repeat(category, int(seed), options.device)
         return 0
-    silence()
     torch.set_num_threads(1)
     record = soak(options)
     print(record)

@@ -1,7 +1,6 @@
 """Random sequences of public calls, with a model of what the cache should hold."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -290,6 +289,7 @@ class Calls:
             with refused(r"call reset\(\)"):
                 run_pass(self._model, self.cache, ids.to(self.ids.device), mask)
             self.refusals += 1
+            self.may_be_chunk = False  # a pass of one token was announced
             return
         self.ids, self.mask = self.ids.expand(rows, -1), self.mask.expand(rows, -1)
         self.kept = {index: kept.expand(rows, -1, -1) for index, kept in self.kept.items()}
@@ -323,17 +323,17 @@ class Calls:
         """An exception or an interrupt in a pass, and then a reset."""
         if self.width is None and self.ids.shape[1] == self._case.prompts.width:
             return
+        size = self._case.prompts.width - self.ids.shape[1]
+        if self.width is None and size == 1 and self.ids.shape[1] and self._case.prefill == "untold":
+            return
         error, layer = draws.choice([Planted, PlantedInterrupt]), draws.randrange(3)
-        run: Callable[[], Any] = lambda: self._pass(models.prompt_ids(self._rows, 1))  # noqa: E731
-        if self.width is None:
-            size = self._case.prompts.width - self.ids.shape[1]
-            if size == 1 and self.ids.shape[1] and self._case.prefill == "untold":
-                return
-            run = lambda: self._feed(size)  # noqa: E731
         was_raised = False
         with planted(self._model, layer, draws.choice(["self_attn", "mlp"]), draws.is_rare(0.5), error):
             try:
-                run()
+                if self.width is None:
+                    self._feed(size)
+                else:
+                    self._pass(models.prompt_ids(self._rows, 1))
             except error:
                 was_raised = True
         assert was_raised, "the planted exception did not come through"

@@ -1,12 +1,13 @@
 """Runs cases one after another, and keeps a record of them."""
 
+import contextlib
 import logging
 import re
 import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -38,19 +39,28 @@ repeat("{category}", {seed}, device="{device}")
 '''
 
 
-def silence() -> None:
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
     """Hides the warnings that many drawn settings call for; the messages of refusals are exceptions."""
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
+    loggers = [transformers.logging.get_logger(), logging.getLogger("mmshiftkv")]
+    levels = [logger.level for logger in loggers]
     transformers.logging.disable_progress_bar()
-    logging.getLogger("mmshiftkv").setLevel(logging.ERROR)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.enable_progress_bar()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def run_case(case: Case, seed: int, bench: Bench) -> Outcome:
     """Runs one case; raises what it raises, or AssertionError if it leaves hooks on a model."""
     torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with silenced():
         outcome = case.run(bench)
     assert bench.hooks() == 0, f"{bench.hooks()} hooks were left on the models"
     return outcome
