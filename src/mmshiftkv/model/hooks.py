@@ -154,6 +154,7 @@ class _Hook:
     def before_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         hooks = self._hooks()
         if hooks is None or not self._is_mine(kwargs):
+            self._give_up(hooks, kwargs)
             return
         assert kwargs is not None
         assert self._before is not None
@@ -161,6 +162,12 @@ class _Hook:
         hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         cos, sin = kwargs["position_embeddings"]
         hooks.record(self._index, LayerInput(hidden_states, cos, sin, kwargs.get("attention_mask")))
+
+    def _give_up(self, hooks: PrefillHooks | None, kwargs: dict[str, Any] | None) -> None:
+        """Takes all hooks off if their pass runs without its cache: gradient checkpointing drops it."""
+        is_without = kwargs is not None and all(kwargs.get(name) is None for name in CACHE_ARGUMENTS)
+        if hooks is not None and is_without and hooks._thread == threading.get_ident():
+            hooks.detach()
 
     def after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         hooks = self._hooks()

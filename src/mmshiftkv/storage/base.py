@@ -142,7 +142,7 @@ class SelectedLayer(DynamicLayer, ABC):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Takes the batch rows `indices`: numbers or a boolean mask."""
-        self._change_rows(lambda part: part[indices.to(part.device) if torch.is_tensor(indices) else indices])
+        self._change_rows(lambda part: part[torch.as_tensor(indices, device=part.device)])
 
     def _change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.allocated is None:
@@ -151,13 +151,21 @@ class SelectedLayer(DynamicLayer, ABC):
         if self._kept is not None:
             self._kept = change(self._kept)
 
-    def _check_rows(self, key_states: torch.Tensor) -> None:
+    def _match_rows(self, key_states: torch.Tensor) -> None:
+        """Repeats a single row for a batch, such as the beams of a prompt.
+
+        Raises:
+            ValueError: another number of rows than the one stored.
+        """
         assert self.keys is not None
-        if key_states.shape[0] != self.keys.shape[0]:
+        rows, held = key_states.shape[0], self.keys.shape[0]
+        if rows == held:
+            return
+        if held != 1:
             raise ValueError(
-                f"keys of batch size {key_states.shape[0]}, the cache holds {self.keys.shape[0]} rows; "
-                "call reset() before another prompt"
+                f"keys of batch size {rows}, the cache holds {held} rows; call reset() before another prompt"
             )
+        self.batch_repeat_interleave(rows)
 
 
 class Storage(ABC):
@@ -188,11 +196,11 @@ class Storage(ABC):
 
     @abstractmethod
     def reserve(self, tokens: int) -> None:
-        """Makes sure, before a forward pass of so many tokens, that they fit behind what is held.
+        """Makes sure, before a forward pass of so many tokens, that they fit behind what is held."""
 
-        Raises:
-            ValueError: they do not; nothing has been changed then.
-        """
+    @abstractmethod
+    def has_room_for(self, tokens: int) -> bool:
+        """Whether so many tokens fit without a move to larger storage."""
 
     @abstractmethod
     def release(self) -> None:

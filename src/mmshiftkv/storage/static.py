@@ -18,6 +18,7 @@ from .buffers import Buffers
 # These are given a mask that hides what has not been written yet.  transformers gives flash attention none, and cannot
 # compile flex attention with any cache.
 _MASKED_ATTENTION = ("sdpa", "eager")
+_SLOTS_OF_SHORT_PROMPTS = 4096
 _logger = logging.getLogger(__name__)
 
 
@@ -108,9 +109,9 @@ class StaticLayer(SelectedLayer):
         """Writes states (B, H_kv, t, D) behind the stored ones and returns all slots.
 
         Raises:
-            ValueError: a batch of another size than the one stored, or no slot is left.
+            ValueError: a batch of another size than the one stored.
         """
-        self._check_rows(key_states)
+        self._match_rows(key_states)
         tokens = key_states.shape[-2]
         if self._is_first and not torch.compiler.is_compiling():
             self._storage.claim(tokens)
@@ -159,8 +160,7 @@ class StaticStorage(Storage):
     Args:
         decoder: of the model that decodes.
         budget: as the cache's.
-        max_new_tokens: tokens that fit behind what is kept of the prompt.  Later turns and their answers may be longer:
-            then everything moves to larger storage.
+        max_new_tokens: tokens that fit behind what is kept of the prompt; with more, all moves to larger storage.
         backend: "auto", "triton" or "torch".
 
     """
@@ -174,7 +174,6 @@ class StaticStorage(Storage):
         self._new_tokens = max_new_tokens
         self._backend = backend
         self._layers: list[StaticLayer] = []
-        self._has_turns = False
         self._is_reserved = False
 
     @cached_property
@@ -195,11 +194,11 @@ class StaticStorage(Storage):
         """Whether a layer is the first of the selected ones, and whether it is the last."""
         return index == self._indices[0], index == self._indices[-1]
 
+    @torch.compiler.disable
     def store(self, index: int, layer: SelectedLayer, selection: Selection) -> StaticLayer:
         """As in `Storage`: a new layer in the buffers of this cache."""
         kept, keys, values, stored = selection.kept, selection.keys, selection.values, selection.stored
-        # Slots for the whole budget whatever the prompt's length: one size, one compilation.
-        slots = self._new_tokens + (int(self._budget) if isinstance(self._budget, Integral) else stored)
+        slots = self._new_tokens + (stored if kept is not None else self._slots_of_prompt(stored))
         out = self.buffers.of_layer(index, keys, values, slots)
         if kept is None:
             for part, states in zip(out, (keys, values), strict=True):
@@ -215,10 +214,17 @@ class StaticStorage(Storage):
         self._layers.append(held)
         return held
 
+    def _slots_of_prompt(self, tokens: int) -> int:
+        """Slots for a prompt that is kept whole: as many as for a longer one, so that one compilation serves both."""
+        if not isinstance(self._budget, Integral):
+            return tokens
+        # A budget far above the prompts is not allocated at once.
+        return min(int(self._budget), max(_SLOTS_OF_SHORT_PROMPTS, 1 << (tokens - 1).bit_length()))
+
     def release(self) -> None:
         """Ends the conversation; the buffers wait for the next one."""
         self._layers = []
-        self._has_turns = self._is_reserved = False
+        self._is_reserved = False
 
     def reserve(self, tokens: int) -> None:
         """Makes sure that `tokens` more fit, before any layer writes one.
@@ -226,26 +232,19 @@ class StaticStorage(Storage):
         A compiled step says nothing of itself to Python; the mask sizes, which are asked for before every step, do.
         They may be asked for more than once, so more slots than needed may be reserved; when they seem to run out, the
         device is asked how many are filled.
-
-        Raises:
-            ValueError: there is no room for another token of the first answer; nothing has been changed then.
         """
+        if not self.has_room_for(tokens):
+            # Twice as much at least, so that a conversation of many turns is not compiled again in each.
+            self._enlarge(max(self.buffers.taken + tokens + self._new_tokens, 2 * self._layers[0].slots))
+        self.buffers.taken += tokens
+        self._is_reserved = True
+
+    def has_room_for(self, tokens: int) -> bool:
+        """Whether so many tokens fit; asks the device only if they seem not to."""
         slots = self._layers[0].slots
-        # Several tokens are a later turn.
-        has_turns = self._has_turns or tokens > 1
         if self.buffers.taken + tokens > slots:
             self.buffers.taken = self._layers[0].stored
-        if self.buffers.taken + tokens > slots:
-            if not has_turns:
-                raise ValueError(
-                    f"max_new_tokens={self._new_tokens}: all {slots} slots of the cache are filled; build it with a "
-                    "larger number, or without one for storage that grows"
-                )
-            # Twice as much at least, so that a conversation of many turns is not compiled again in each.
-            self._enlarge(max(self.buffers.taken + tokens + self._new_tokens, 2 * slots))
-        self.buffers.taken += tokens
-        self._has_turns = has_turns
-        self._is_reserved = True
+        return self.buffers.taken + tokens <= slots
 
     def claim(self, tokens: int) -> None:
         """The pass that slots were reserved for has begun; reserves them if no mask was asked for before it."""
@@ -255,25 +254,24 @@ class StaticStorage(Storage):
 
     def _enlarge(self, slots: int) -> None:
         _logger.warning(
-            "the cache moves to storage of %d slots for a later turn: decoding is compiled again for it", slots
+            "more tokens than max_new_tokens=%d: the cache moves to storage of %d slots, decoding is compiled again",
+            self._new_tokens,
+            slots,
         )
         for layer in self._layers:
             layer.enlarge(slots)
 
 
-def obstacle_to_compiling(decoder: Decoder, layers: int, prefill: str) -> str | None:
+def obstacle_to_compiling(decoder: Decoder, layers: int) -> str | None:
     """Why storage has to grow, and decoding to be eager; None where it can be static and decoding compiled.
 
     Args:
         decoder: of the model that decodes.
         layers: how many layers the cache has.
-        prefill: "single" or "chunked".
     """
     attention = decoder.attention_implementation
     if attention not in _MASKED_ATTENTION:
         return f"attn_implementation={attention!r} would read slots that are not written yet"
-    if prefill == "chunked":
-        return 'with prefill="chunked", generate would compile the chunks too'
     if len(decoder.attention) < layers:
         return f"{layers - len(decoder.attention)} of {layers} layers are not full-attention layers"
     if not decoder.is_on_one_device:
