@@ -11,6 +11,7 @@ from .interrupts import Interrupts
 from .machine import Machine
 from .methods import OtherMethod
 from .precision import HalfPrecision
+from .refusals import Masks, Refusals
 from .rows import OneRowForAll, RowAlone, RowChanges
 from .selection import Kernels, SelectTokens, WholeSelection
 from .turns import PaddedTurns, Turns
@@ -27,6 +28,8 @@ CATEGORIES: dict[str, type[Case]] = {
     "generated_in_chunks": GeneratedInChunks,
     "fed_in_chunks": FedInChunks,
     "machine": Machine,
+    "refusals": Refusals,
+    "masks": Masks,
     "copies": Copies,
     "interleaved": Interleaved,
     "threads": Threads,

@@ -30,13 +30,22 @@ def draw_settings(draws: Draws) -> tuple[tuple[str, Any], ...]:
     return draws.one_of((), (("stats_window", draws.randint(1, 20)),), (("last_token_layers", draws.randint(1, 3)),))
 
 
+def chunked_settings(prefill: str, width: int, room: int | None) -> dict[str, Any]:
+    """Settings of a cache: `prefill` is "single", or "told" or "untold" the columns of a prompt in chunks."""
+    settings: dict[str, Any] = {"max_new_tokens": room}
+    if prefill != "single":
+        settings |= {"prefill": "chunked", "prompt_length": width if prefill == "told" else None}
+    return settings
+
+
 @dataclass(frozen=True)
 class GeneratedInChunks(Case):
     """`generate` with `prefill_chunk_size` selects what a single pass selects, and goes on as the masked full cache.
 
     Attributes:
         chunk: tokens of a chunk.
-        told: the cache is told the prompt's length.
+        prefill: as in `chunked_settings`; `generate` tells the cache where the prompt ends in any case.
+        room: `max_new_tokens` of the cache.
         settings: of ShiftKV.
         beams: of a beam search; 1: greedy.
     """
@@ -45,7 +54,8 @@ class GeneratedInChunks(Case):
     prompts: Prompts
     budget: int | float
     chunk: int
-    told: bool
+    prefill: str
+    room: int | None
     settings: tuple[tuple[str, Any], ...]
     beams: int
     new_tokens: int
@@ -56,35 +66,25 @@ class GeneratedInChunks(Case):
         width = prompts.width
         chunk = draws.one_of(draws.randint(1, width + 3), max(1, width - 1), draws.randint(1, 9))
         budget = draw_budget(draws, width, covering=draws.is_rare(0.2))
-        told = draws.is_rare(0.85)
-        return cls(
-            model, prompts, budget, chunk, told, draw_settings(draws), draws.one_of(1, 1, 3), draws.randint(2, 6)
-        )
+        prefill, room = draws.one_of("single", "single", "told", "untold"), draws.one_of(None, draws.randint(1, 9))
+        beams = draws.one_of(1, 1, 3)
+        return cls(model, prompts, budget, chunk, prefill, room, draw_settings(draws), beams, draws.randint(1, 6))
 
     def run(self, bench: Bench) -> Outcome:
         model, inputs, settings = bench.text(self.model), self.prompts.inputs(bench.device), dict(self.settings)
-        length = self.prompts.width if self.told else None
-        cache = ShiftKVCache(model, budget=self.budget, prefill="chunked", prompt_length=length, **settings)
+        width = self.prompts.width
+        own = chunked_settings(self.prefill, width, self.room)
+        cache = ShiftKVCache(model, budget=self.budget, **own, **settings)
         options = {"max_new_tokens": self.new_tokens, "num_beams": self.beams, "eos_token_id": None}
-        if self._is_refused():
-            with refused("end_prompt|prompt_length"):
-                generate(model, inputs, cache, prefill_chunk_size=self.chunk, **options)
-            return Outcome.REFUSED
         found = generate(model, inputs, cache, prefill_chunk_size=self.chunk, **options)
         single = prefilled(model, ShiftKVCache(model, budget=self.budget, **settings), inputs)
         rows = inputs["attention_mask"].repeat_interleave(self.beams, dim=0)
         check_kept(cache, rows, self.budget)
-        seen = self.prompts.width + self.new_tokens - 1
-        check_lengths(cache, seen, tokens_kept(self.budget, self.prompts.width) + self.new_tokens - 1)
+        check_lengths(cache, width + self.new_tokens - 1, tokens_kept(self.budget, width) + self.new_tokens - 1)
         single.batch_repeat_interleave(self.beams)
         outcome = compare_kept(kept_by_layer(cache), kept_by_layer(single))
         expected = masked_generation(model, inputs, kept_by_layer(cache), **options)
-        return outcome | compare_generations(found, expected, self.prompts.width)
-
-    def _is_refused(self) -> bool:
-        """Whether one token comes where it may be the prompt's last or the answer's first; beams end a prompt."""
-        has_short_tail = self.chunk < self.prompts.width and (self.chunk == 1 or self.prompts.width % self.chunk == 1)
-        return not self.told and (self.beams == 1 or has_short_tail)
+        return outcome | compare_generations(found, expected, width)
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class FedInChunks(Case):
     Attributes:
         sizes: tokens of each chunk.
         told: the cache is told the prompt's length; else `end_prompt()` ends it.
+        room: `max_new_tokens` of the cache.
         steps: tokens of the turn behind the prompt.
         settings: of ShiftKV.
         unpadded: masks are left out, where the prompt has no padding.
@@ -104,6 +105,7 @@ class FedInChunks(Case):
     budget: int | float
     sizes: tuple[int, ...]
     told: bool
+    room: int | None
     steps: int
     settings: tuple[tuple[str, Any], ...]
     unpadded: bool
@@ -117,13 +119,14 @@ class FedInChunks(Case):
         budget = draw_budget(draws, prompts.width, covering=draws.is_rare(0.2))
         unpadded = set(prompts.lengths) == {prompts.width} and draws.is_rare(0.5)
         told, steps = draws.is_rare(0.5), draws.randint(1, 6)
-        return cls(model, prompts, budget, tuple(sizes), told, steps, draw_settings(draws), unpadded)
+        room = draws.one_of(None, draws.randint(1, 9))
+        return cls(model, prompts, budget, tuple(sizes), told, room, steps, draw_settings(draws), unpadded)
 
     def run(self, bench: Bench) -> Outcome:
         model, inputs, settings = bench.text(self.model), self.prompts.inputs(bench.device), dict(self.settings)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        length = self.prompts.width if self.told else None
-        cache = ShiftKVCache(model, budget=self.budget, prefill="chunked", prompt_length=length, **settings)
+        own = chunked_settings("told" if self.told else "untold", self.prompts.width, self.room)
+        cache = ShiftKVCache(model, budget=self.budget, **own, **settings)
         is_refused, fed = False, 0
         for size in self.sizes:
             piece, so_far = ids[:, fed : fed + size], None if self.unpadded else mask[:, : fed + size]

@@ -15,11 +15,7 @@ from mmshiftkv import ShiftKVCache
 from .bench import Bench, Prompts, TextModel, draw_budget, tokens_kept
 from .case import Case, Draws, Outcome
 from .checks import check_kept, check_lengths, compare_generations, full_cache, kept_by_layer, run_pass
-
-
-def settings_of(room: int | None, chunked: int | None) -> dict[str, Any]:
-    """Settings of a cache with so much room, or for a prompt in chunks of so many columns in all."""
-    return {"max_new_tokens": room} if chunked is None else {"prefill": "chunked", "prompt_length": chunked}
+from .chunks import chunked_settings
 
 
 def state_of(cache: Any) -> list[Any]:
@@ -71,14 +67,14 @@ class Copies(Case):
         if draws.is_rare(0.4):
             first = draws.randint(1, prompts.width - 1)
             sizes = (first, prompts.width - first)
-        room = None if len(sizes) > 1 else draws.one_of(None, 2, 12)
+        room = draws.one_of(None, 2, 12)
         budget, copied = draw_budget(draws, prompts.width), draws.randint(0, len(sizes))
         return cls(model, prompts, budget, sizes, copied, draws.randint(1, 6), draws.is_rare(0.3), room)
 
     def run(self, bench: Bench) -> Outcome:
         model, inputs = bench.text(self.model), self.prompts.inputs(bench.device)
-        chunked = self.prompts.width if len(self.sizes) > 1 else None
-        whole, original = (ShiftKVCache(model, budget=self.budget, **settings_of(self.room, chunked)) for _ in range(2))
+        own = chunked_settings("single" if len(self.sizes) == 1 else "told", self.prompts.width, self.room)
+        whole, original = (ShiftKVCache(model, budget=self.budget, **own) for _ in range(2))
         self._feed(model, whole, inputs, range(self.copied))
         self._feed(model, original, inputs, range(self.copied))
         before = state_of(original)

@@ -14,7 +14,8 @@ from mmshiftkv import ShiftKVCache
 from .bench import Bench, Prompts, TextModel, draw_budget
 from .case import Case, Draws, Outcome, Planted, PlantedInterrupt, refused
 from .checks import run_pass
-from .copies import assert_same_state, settings_of, state_of
+from .chunks import chunked_settings
+from .copies import assert_same_state, state_of
 
 _PLACES = ("self_attn", "mlp", "self_attn.q_proj", "self_attn.o_proj")
 
@@ -81,7 +82,7 @@ class Interrupts(Case):
             draws.choice(_PLACES),
             draws.is_rare(0.5),
             draws.is_rare(0.5),
-            None if passes > 1 else draws.one_of(None, None, 8),
+            draws.one_of(None, None, 8),
             draws.is_rare(0.5),
         )
 
@@ -107,8 +108,8 @@ class Interrupts(Case):
         return outcome
 
     def _cache(self, model: PreTrainedModel) -> ShiftKVCache:
-        chunked = self.prompts.width if self.prompt_passes > 1 else None
-        return ShiftKVCache(model, budget=self.budget, **settings_of(self.room, chunked))
+        own = chunked_settings("single" if self.prompt_passes == 1 else "told", self.prompts.width, self.room)
+        return ShiftKVCache(model, budget=self.budget, **own)
 
     def _pass(self, model: PreTrainedModel, cache: Any, number: int) -> torch.Tensor:
         inputs = self.prompts.inputs(model.device)

@@ -13,6 +13,7 @@ from mmshiftkv import ShiftKVCache
 from .bench import Bench, Prompts, TextModel, draw_budget, tokens_kept
 from .case import Case, Draws, Outcome, Planted, PlantedInterrupt, refused
 from .checks import assert_close, check_kept, check_lengths, generate, kept_by_layer, masked_logits, run_pass
+from .chunks import chunked_settings
 from .copies import assert_same_state, state_of
 from .interrupts import planted
 from .rows import RowChange
@@ -41,11 +42,12 @@ class Machine(Case):
     def draw(cls, draws: Draws) -> Self:
         model, prompts = TextModel.draw(draws, sliding=0.0), Prompts.draw(draws, longest=40)
         prefill = draws.one_of("single", "single", "told", "untold")
-        room = draws.one_of(None, 1, draws.randint(2, 20)) if prefill == "single" else None
+        room = draws.one_of(None, 1, draws.randint(2, 20))
         names = [name for name, weight in Calls.ALL.items() for _ in range(weight)]
         calls = tuple((draws.choice(names), draws.randrange(2**31)) for _ in range(draws.randint(6, 25)))
         budget = draw_budget(draws, prompts.width, covering=draws.is_rare(0.25))
-        return cls(model, prompts, budget, prefill, room, (("feed", draws.randrange(2**31)), *calls))
+        first = draws.one_of("feed", "answer"), draws.randrange(2**31)
+        return cls(model, prompts, budget, prefill, room, (first, *calls))
 
     def run(self, bench: Bench) -> Outcome:
         calls = Calls(self, bench)
@@ -73,7 +75,7 @@ class Calls:
         "feed": 4,
         "step": 4,
         "turn": 2,
-        "answer": 1,
+        "answer": 4,
         "end_prompt": 1,
         "crop": 2,
         "crop_too_much": 1,
@@ -90,11 +92,8 @@ class Calls:
         self._case = case
         self._model: PreTrainedModel = bench.text(case.model)
         self._prompt = case.prompts.inputs(bench.device)
-        settings: dict[str, Any] = {"max_new_tokens": case.room}
-        if case.prefill != "single":
-            length = case.prompts.width if case.prefill == "told" else None
-            settings = {"prefill": "chunked", "prompt_length": length}
-        self.cache = ShiftKVCache(self._model, budget=case.budget, **settings)
+        own = chunked_settings(case.prefill, case.prompts.width, case.room)
+        self.cache = ShiftKVCache(self._model, budget=case.budget, **own)
         self.refusals = 0
         self._others: list[tuple[ShiftKVCache, list[Any]]] = []
         self._forget()
@@ -103,7 +102,6 @@ class Calls:
         self.ids, self.mask = (self._prompt[name][:, :0] for name in ("input_ids", "attention_mask"))
         self.width: int | None = None  # of the prompt, once it has ended
         self.kept: dict[int, torch.Tensor | None] = {}
-        self.may_be_chunk = False  # the next tokens, for all that the cache knows
 
     @property
     def is_compressed(self) -> bool:
@@ -164,10 +162,9 @@ class Calls:
         self.ids = torch.cat([self.ids, piece], dim=1)
         if self._case.prefill == "single" or (self._case.prefill == "told" and fed + size == self._case.prompts.width):
             self._ended()
-            self.may_be_chunk = self._case.prefill == "single" and self.is_compressed
 
-    def _ended(self) -> None:
-        self.width = self.ids.shape[1]
+    def _ended(self, width: int | None = None) -> None:
+        self.width = self.ids.shape[1] if width is None else width
         self.kept = kept_by_layer(self.cache)
 
     def _refuse_one_token(self) -> None:
@@ -185,34 +182,36 @@ class Calls:
             self._pass(models.prompt_ids(self._rows, 1, seed=draws.randrange(1000)))
 
     def turn(self, draws: Draws) -> None:
-        """Several tokens; right after a compressed prompt they are refused."""
+        """Several tokens."""
         if self.width is None:
             self.feed(draws)
             return
-        ids = models.prompt_ids(self._rows, draws.randint(2, 8), seed=draws.randrange(1000))
-        if not self.may_be_chunk:
-            self._pass(ids)
-            return
-        with refused("end_prompt"):
-            self._pass(ids)
-        self.refusals += 1
+        self._pass(models.prompt_ids(self._rows, draws.randint(2, 8), seed=draws.randrange(1000)))
 
     def answer(self, draws: Draws) -> None:
-        """`generate`, with one new token in front."""
-        if self.width is None:
-            self.feed(draws)
+        """`generate`, with the prompt or with a turn."""
+        options: dict[str, Any] = {"max_new_tokens": draws.randint(1, 4), "eos_token_id": None}
+        if self.width is None and self.ids.shape[1]:
             return
-        ids = torch.cat([self.ids, models.prompt_ids(self._rows, 1, seed=7).to(self.ids.device)], dim=1)
+        # Without chunks of its own `generate` does not say where a chunked prompt ends.
+        if draws.is_rare(0.3) or (self.width is None and self._case.prefill == "untold"):
+            options["prefill_chunk_size"] = draws.randint(1, 12)
+        if self.width is None:
+            self.mask, ids = self._prompt["attention_mask"], self._prompt["input_ids"]
+        else:
+            more = models.prompt_ids(self._rows, draws.randint(1, 5), seed=draws.randrange(1000))
+            ids = torch.cat([self.ids, more.to(self.ids.device)], dim=1)
         inputs = {"input_ids": ids, "attention_mask": self._whole_mask(ids.shape[1])}
-        new = draws.randint(1, 4)
-        found = generate(self._model, inputs, self.cache, max_new_tokens=new, eos_token_id=None)
-        self.ids, self.may_be_chunk = found.sequences[:, :-1], False
+        found = generate(self._model, inputs, self.cache, **options)
+        self.ids = found.sequences[:, :-1]
+        if self.width is None:
+            self._ended(ids.shape[1])
 
     def _pass(self, ids: torch.Tensor) -> torch.Tensor:
         ids = ids.to(self.ids.device)
         mask = self._whole_mask(self.ids.shape[1] + ids.shape[1])
         logits = run_pass(self._model, self.cache, ids, mask)
-        self.ids, self.may_be_chunk = torch.cat([self.ids, ids], dim=1), False
+        self.ids = torch.cat([self.ids, ids], dim=1)
         return logits
 
     def _whole_mask(self, columns: int) -> torch.Tensor:
@@ -227,7 +226,6 @@ class Calls:
         if self.width is None and self.ids.shape[1] and not self._can_end():
             return
         self.cache.end_prompt()
-        self.may_be_chunk = False
         if self.width is None and self.ids.shape[1]:
             self._ended()
 
@@ -235,15 +233,12 @@ class Calls:
         """Takes back as many tokens as may be."""
         seen = self.ids.shape[1]
         if self.width is None:
-            if seen == 0 or self._can_end():
-                self.cache.crop(0)
-                self.end_prompt(draws)
+            self.cache.crop(0)
             return
         # A row must keep one token.
         least = self.width if self.is_compressed else int(self.mask.argmax(dim=1).max()) + 1
         left = seen if seen <= least else draws.choice([seen, least, draws.randint(least, seen)])
         self.cache.crop(left - seen)
-        self.may_be_chunk = False
         self.ids = self.ids[:, :left]
         if left < self.width:
             self.width, self.mask = left, self.mask[:, :left]
@@ -276,7 +271,7 @@ class Calls:
             self._ended()
         else:
             self.kept = {index: kept[source] for index, kept in before.items()}
-        self.ids, self.mask, self.may_be_chunk = self.ids[source], self.mask[source], False
+        self.ids, self.mask = self.ids[source], self.mask[source]
 
     def other_rows(self, draws: Draws) -> None:
         """A batch of another size; one row is repeated for it."""
@@ -289,7 +284,7 @@ class Calls:
             with refused(r"call reset\(\)"):
                 run_pass(self._model, self.cache, ids.to(self.ids.device), mask)
             self.refusals += 1
-            self.may_be_chunk = False  # a pass of one token was announced
+
             return
         self.ids, self.mask = self.ids.expand(rows, -1), self.mask.expand(rows, -1)
         self.kept = {index: kept.expand(rows, -1, -1) for index, kept in self.kept.items()}
@@ -302,7 +297,6 @@ class Calls:
         assert_same_state(state_of(twin), state, "the copy")
         if draws.is_rare(0.5):
             self.cache, twin = twin, self.cache
-            self.may_be_chunk = False
         self._others.append((twin, state))
 
     def ask(self, draws: Draws) -> None:
@@ -313,7 +307,7 @@ class Calls:
         if self.width is not None:
             layer = draws.randrange(len(self.cache.layers))
             length, offset = self.cache.get_mask_sizes(1, layer)
-            self.may_be_chunk = False  # the pass of one token that it announces
+
             seen = self.ids.shape[1]
             assert offset == seen - self.cache.report().tokens_stored
             assert length + offset > seen

@@ -69,15 +69,13 @@ class OtherMethod(Case):
         method, settings = draw_method(draws)
         choice = draws.one_of((), (("num_beams", 3),), (("do_sample", True), ("num_return_sequences", 2)))
         chunk = draws.one_of(None, None, draws.randint(1, prompts.width))
-        room = None if chunk else draws.one_of(None, draws.randint(1, 10))
+        room = draws.one_of(None, draws.randint(1, 10))
         budget = draw_budget(draws, prompts.width, covering=draws.is_rare(0.1))
         return cls(model, prompts, method, settings, budget, choice, draws.randint(1, 8), chunk, room)
 
     def run(self, bench: Bench) -> Outcome:
         model, inputs, settings = bench.text(self.model), self.prompts.inputs(bench.device), dict(self.settings)
         own: dict[str, Any] = {"max_new_tokens": self.room}
-        if self.chunk:
-            own = {"prefill": "chunked", "prompt_length": self.prompts.width}
         if isinstance(self.budget, int) and self.budget < protected(self.method, settings):
             with refused("always keeps so many tokens"):
                 make_cache(self.method, model, self.budget, **settings, **own)

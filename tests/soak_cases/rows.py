@@ -20,6 +20,7 @@ from .checks import (
     prefilled,
     run_pass,
 )
+from .chunks import chunked_settings
 
 
 @dataclass(frozen=True)
@@ -150,13 +151,13 @@ class RowChanges(Case):
             change = RowChange.draw(draws, rows)
             changes.append((0 if chunked and not number else draws.randint(0, 3), change))
             rows = len(change.source(rows))
-        room = None if chunked else draws.one_of(None, 3, 14)
+        room = draws.one_of(None, 3, 14)
         return cls(model, prompts, draw_budget(draws, prompts.width), tuple(changes), room, chunked)
 
     def run(self, bench: Bench) -> Outcome:
         model, inputs = bench.text(self.model), self.prompts.inputs(bench.device)
-        settings = {"prefill": "chunked"} if self.chunked else {"max_new_tokens": self.room}
-        cache = prefilled(model, ShiftKVCache(model, budget=self.budget, **settings), inputs)
+        own = chunked_settings("untold" if self.chunked else "single", self.prompts.width, self.room)
+        cache = prefilled(model, ShiftKVCache(model, budget=self.budget, **own), inputs)
         ids, mask, logits = inputs["input_ids"], inputs["attention_mask"], None
         for steps, change in self.changes:
             for _ in range(steps):

@@ -10,7 +10,7 @@ import models
 from mmshiftkv import ShiftKVCache, decode_ahead
 
 from .bench import Bench, Prompts, TextModel, draw_budget, tokens_kept
-from .case import Case, Draws, Outcome, refused
+from .case import Case, Draws, Outcome
 from .checks import assert_close, check_kept, check_lengths, generate, kept_by_layer, masked_logits, run_pass
 
 
@@ -90,7 +90,7 @@ class PaddedTurns(Case):
         turns: tokens of each row, for each turn.
         room: `max_new_tokens` of the cache.
         before: what comes between the prompt and the first turn: "step" (one token), "end_prompt", "copy" (the turns go
-            to a deep copy), or "nothing", which is refused if the prompt was compressed.
+            to a deep copy), or "nothing".
     """
 
     model: TextModel
@@ -115,12 +115,7 @@ class PaddedTurns(Case):
         cache = ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room)
         run_pass(model, cache, inputs["input_ids"], prompt)
         pieces, mask = self._pieces(bench), prompt
-        if self._is_refused(pieces):
-            with refused("end_prompt"):
-                run_pass(model, cache, pieces[0]["input_ids"], torch.cat([mask, pieces[0]["attention_mask"]], dim=1))
-            check_lengths(cache, self.prompts.width, tokens_kept(self.budget, self.prompts.width))
-            cache.end_prompt()
-        elif self.before == "end_prompt":
+        if self.before == "end_prompt":
             cache.end_prompt()
         elif self.before == "copy":
             cache = copy.deepcopy(cache)
@@ -134,14 +129,10 @@ class PaddedTurns(Case):
         for turn, (piece, mine, theirs) in enumerate(zip(pieces, found, expected, strict=True)):
             real = piece["attention_mask"].bool()
             assert_close(mine[real], theirs[real], f"logits of turn {turn}")
-        return Outcome.REFUSED if self._is_refused(pieces) else Outcome.PASSED
+        return Outcome.PASSED
 
     def _pieces(self, bench: Bench) -> list[dict[str, torch.Tensor]]:
         lengths = [[1] * len(self.prompts.lengths)] if self.before == "step" else []
         lengths += [list(turn) for turn in self.turns]
         padded = (models.left_padded(turn, seed=seed) for seed, turn in enumerate(lengths))
         return [{name: part.to(bench.device) for name, part in piece.items()} for piece in padded]
-
-    def _is_refused(self, pieces: list[dict[str, torch.Tensor]]) -> bool:
-        compressed = tokens_kept(self.budget, self.prompts.width) < self.prompts.width
-        return self.before == "nothing" and compressed and pieces[0]["input_ids"].shape[1] > 1
