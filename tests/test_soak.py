@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 from tqdm import tqdm
 
+import models
 import soak
 from soak_cases import CATEGORIES
 from soak_cases.bench import Bench
@@ -24,16 +25,32 @@ def bench():
     return Bench()
 
 
-@pytest.mark.parametrize("category", CATEGORIES)
-def test_some_cases(category, bench):
-    for seed in range(SEED, SEED + CASES.get(category, MOST_CASES)):
+@pytest.fixture(scope="module")
+def bench_on_a_gpu():
+    return Bench("cuda")
+
+
+def run_some(category, cases, bench):
+    for seed in range(SEED, SEED + cases):
         case = CATEGORIES[category].draw(Draws(category, seed))
         assert case == CATEGORIES[category].draw(Draws(category, seed))
         try:
             run_case(case, seed, bench)
         except Exception as error:
-            error.add_note(f"python tests/soak.py --case {category}:{seed}\n{case}")
+            error.add_note(f"--case {category}:{seed} --device {bench.device}\n{case}")
             raise
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_some_cases(category, bench):
+    run_some(category, CASES.get(category, MOST_CASES), bench)
+
+
+@pytest.mark.gpu
+@models.requires_gpu
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_some_cases_on_a_gpu(category, bench_on_a_gpu):
+    run_some(category, 1 if category == "compiled" else 5, bench_on_a_gpu)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 import models
-from mmshiftkv import ShiftKVCache
+from mmshiftkv import CACHE_ARGUMENT, ShiftKVCache
 
 from .bench import Bench, Prompts, TextModel, draw_budget, tokens_kept
 from .case import Case, Draws, Outcome
@@ -143,7 +143,7 @@ class Conversation:
         inputs = self.prompts.inputs(model.device)
         return model.generate(
             **inputs,
-            past_key_values=cache,
+            **{CACHE_ARGUMENT: cache},
             max_new_tokens=self.new_tokens,
             do_sample=False,
             eos_token_id=None,

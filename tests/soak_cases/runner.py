@@ -44,6 +44,7 @@ def silenced() -> Iterator[None]:
     """Hides the warnings that many drawn settings call for; the messages of refusals are exceptions."""
     loggers = [transformers.logging.get_logger(), logging.getLogger("mmshiftkv")]
     levels = [logger.level for logger in loggers]
+    had_bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -52,7 +53,8 @@ def silenced() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        transformers.logging.enable_progress_bar()
+        if had_bars:
+            transformers.logging.enable_progress_bar()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
@@ -136,19 +138,21 @@ class Soak:
             return run_case(case, seed, self._bench)
         except Exception as error:
             found = error
-        # Broken memory on a GPU fails every later case too.
-        if self._bench.device.type == "cuda":
-            torch.cuda.synchronize()
         failure = Failure(
             name,
             seed,
             str(self._bench.device),
             repr(case),
             "".join(traceback.format_exception(found)),
-            self._fails_again(case, seed),
+            False,
             list(self._before),
         )
         self._record.failures.append(failure)
+        write_script(failure, case, found, self._failures)
+        # After a fault on a GPU every later case would fail: this raises then, and ends the soak.
+        if self._bench.device.type == "cuda":
+            torch.cuda.synchronize()
+        failure.repeats = self._fails_again(case, seed)
         write_script(failure, case, found, self._failures)
         return None
 
