@@ -12,7 +12,7 @@ from mmshiftkv import ShiftKVCache, decode_ahead
 
 from .bench import Bench, Prompts, TextModel, draw_budget, tokens_kept
 from .case import Case, Draws, Outcome, refused
-from .checks import assert_close, check_lengths, full_cache, generate, prefilled, run_pass
+from .checks import assert_close, check_kept, check_lengths, full_cache, generate, prefilled, run_pass
 from .chunks import chunked_settings
 from .copies import assert_same_state, state_of
 
@@ -162,12 +162,15 @@ class Masks(Case):
             mask[row, list(columns)] = 0
         cache = ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room)
         if not self._is_accepted(mask):
-            words = "4-D|padding"
-            with refused(words):
+            with refused("4-D|padding"):
                 self._prefill(model, cache, ids, mask)
             check_lengths(cache, 0, 0)
             assert models.hooks_on(model) == 0, "hooks are left on the model"
             return Outcome.REFUSED
+        if tokens_kept(self.budget, self.width) < self.width:  # the padding happens to be on the left
+            self._prefill(model, cache, ids, mask)
+            check_kept(cache, mask, self.budget)
+            return Outcome.PASSED
         logits = []
         for each in (cache, full_cache(model)):
             self._prefill(model, each, ids, mask)
