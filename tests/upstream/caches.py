@@ -73,11 +73,11 @@ def generate(model: PreTrainedModel, cache: Any, inputs: Any, **options: Any) ->
 
 
 def contents(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of each layer, without slots that are not filled."""
+    """Copies of the keys and values of each layer, without slots that are not filled."""
     held = []
     for layer in cache.layers:
         stored = layer.stored if isinstance(layer, SelectedLayer) else layer.keys.shape[2]
-        held.append((layer.keys[:, :, :stored], layer.values[:, :, :stored]))
+        held.append((layer.keys[:, :, :stored].clone(), layer.values[:, :, :stored].clone()))
     return held
 
 

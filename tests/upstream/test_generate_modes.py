@@ -21,6 +21,8 @@ What of `generate` touches a cache (transformers 5.17 to 5.24, generation/utils.
   device; their calls are here.
 """
 
+import functools
+
 import pytest
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -84,6 +86,18 @@ def options_of(mode):
     return (MODES | ASSISTED_MODES)[mode]()
 
 
+@functools.cache
+def of_a_dynamic_cache(family, mode):
+    model = model_of(family)
+    return generate(model, dynamic(model), inputs_of(mode), **options_of(mode))
+
+
+@functools.cache
+def of_growing_storage(family, mode):
+    model = model_of(family)
+    return generate(model, ShiftKVCache(model, budget=BUDGET), inputs_of(mode), **options_of(mode))
+
+
 def cases(names):
     return [
         pytest.param(family, storage, mode, id=f"{family}-{storage}-{mode}")
@@ -95,8 +109,7 @@ def cases(names):
 
 @pytest.mark.parametrize(("family", "storage", "mode"), cases([*MODES, *ASSISTED_MODES]))
 def test_a_covering_budget_gives_what_a_dynamic_cache_gives(family, storage, mode):
-    model = model_of(family)
-    expected = generate(model, dynamic(model), inputs_of(mode), **options_of(mode))
+    model, expected = model_of(family), of_a_dynamic_cache(family, mode)
     cache = covering(model, storage)
     found = generate(model, cache, inputs_of(mode), **options_of(mode))
     assert found.sequences.equal(expected.sequences)
@@ -111,8 +124,8 @@ def test_a_covering_budget_gives_what_a_dynamic_cache_gives(family, storage, mod
 @pytest.mark.parametrize(("family", "storage", "mode"), cases(["greedy", "sequences", "beams", "prompt-lookup"]))
 def test_a_small_budget_gives_the_same_whatever_the_storage(family, storage, mode):
     model, inputs = model_of(family), inputs_of(mode)
-    cache, again = (ShiftKVCache(model, budget=BUDGET, **STORAGES[kind]) for kind in (storage, "growing"))
-    found, expected = (generate(model, each, inputs, **options_of(mode)) for each in (cache, again))
+    cache = ShiftKVCache(model, budget=BUDGET, **STORAGES[storage])
+    found, expected = generate(model, cache, inputs, **options_of(mode)), of_growing_storage(family, mode)
     assert found.sequences.equal(expected.sequences)
     prompt = inputs["input_ids"].shape[1]
     assert found.sequences.shape[1] == prompt + NEW_TOKENS
