@@ -1,5 +1,6 @@
 """What transformers calls: a DynamicCache that selects from each layer's prompt while it is being prefilled."""
 
+import copy
 import warnings
 from numbers import Integral
 from typing import Any
@@ -11,7 +12,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from .checks import BACKENDS, check_budget, check_choice, check_prefill
 from .methods.base import Method, check_method
 from .model.decoder import Decoder, text_decoder
+from .model.generation import GenerateCall, generate_call, is_compiling_prefill
 from .model.hooks import PrefillHooks
+from .model.queries import without_autocast
 from .prefill import Prefill, PromptSettings
 from .report import CacheReport, report_of
 from .storage.base import Pair, Storage
@@ -36,7 +39,7 @@ class PrefillSelectionCache(DynamicCache):
         max_new_tokens: room for so many tokens behind what is kept of the prompt, in storage that stays where it is, so
             that `generate` compiles decoding; None: storage grows, and decoding is eager.
         prefill: "single", or "chunked" when several forward passes hold the prompt.
-        prompt_length: columns of the whole prompt, for "chunked"; None: the first one-token pass ends the prompt.
+        prompt_length: columns of the whole prompt, for "chunked"; None: `end_prompt()` says that it is complete.
         backend: "auto" (Triton kernels on a GPU, plain torch elsewhere), "triton" or "torch".
 
     Raises:
@@ -79,7 +82,7 @@ class PrefillSelectionCache(DynamicCache):
     def _make_storage(self, max_new_tokens: int | None) -> Storage:
         settings = self._settings
         if max_new_tokens is not None:
-            obstacle = obstacle_to_compiling(self._decoder, len(self.layers), settings.prefill)
+            obstacle = obstacle_to_compiling(self._decoder, len(self.layers))
             if obstacle is None:
                 return StaticStorage(self._decoder, settings.budget, max_new_tokens, settings.backend)
             warnings.warn(
@@ -94,7 +97,16 @@ class PrefillSelectionCache(DynamicCache):
         self._storage = self._own_storage
         # None as soon as the prompt has been selected from: then every token is stored.
         self._prefill: Prefill | None = Prefill(self._settings, self._decoder, self._hooks, self._method, self._storage)
-        self._single_pass = 0
+        self._prompt_ids: torch.Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PrefillSelectionCache":
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a selecting cache holds on to its model and cannot be pickled; copy.deepcopy copies it")
 
     def kept_indices(self, layer: int) -> torch.Tensor | None:
         """The columns of the first prompt's input that `layer` holds.
@@ -116,23 +128,29 @@ class PrefillSelectionCache(DynamicCache):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether `generate` may compile decoding: `max_new_tokens` was given, and nothing was in the way."""
-        return self._storage.is_compileable
+        """Whether `generate` may compile decoding: `max_new_tokens` was given, and nothing is in the way."""
+        return self._storage.is_compileable and not is_compiling_prefill()
 
+    def has_room_for(self, tokens: int) -> bool:
+        """Whether so many more tokens fit into what `max_new_tokens` reserved; True where storage grows."""
+        return self._storage.has_room_for(tokens)
+
+    @torch.compiler.disable
     def begin_pass(self, tokens: int) -> None:
         """Hears of a forward pass of so many tokens before any layer runs.
 
         Raises:
-            ValueError: an empty prompt, a cache whose last prefill was interrupted, or one without room for another
-                token.
+            ValueError: an empty prompt, a cache whose last prefill was interrupted, a pass of which it cannot be known
+                whether it is part of the prompt, or another prompt on a cache that holds a conversation.
         """
         self._storage.check()
-        if self._prefill is not None and self._prefill.ends_before(tokens):
-            self._end_prompt()
         if self._prefill is not None:
-            self._prefill.begin_pass(self, tokens)
-        elif not torch.compiler.is_compiling():
-            self._warn_of_chunks(tokens)
+            call = generate_call(self)
+            self._prompt_ids = None if call is None else call.ids
+            self._prefill.begin_pass(self, tokens, call)
+        else:
+            if tokens > 1:
+                self._check_turn(tokens, generate_call(self))
             self._storage.reserve(tokens)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -155,15 +173,25 @@ class PrefillSelectionCache(DynamicCache):
         """
         if self._prefill is None or layer_idx not in self._selected:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(key_states.device):
             self.layers[layer_idx], attended = self._prefill.update(
                 layer_idx, self.layers[layer_idx], key_states.detach(), value_states.detach()
             )
         if self._prefill.is_over:
-            if self._settings.prefill == "single" and self.layers[layer_idx].dropped:
-                self._single_pass = self._prefill.seen
             self._prefill = None
         return attended
+
+    @torch.no_grad()
+    def end_prompt(self) -> None:
+        """Says that the prompt is complete; what comes next is an answer, or a turn.
+
+        Only needed where neither `generate` nor `prompt_length` tells it: after the last of several forward passes that
+        hold a prompt, with `prefill="chunked"`.
+        """
+        if self._prefill is not None and self._prefill.is_collecting:
+            for index in self._selected:
+                self.layers[index] = self._prefill.finish(index, self.layers[index])
+            self._prefill = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens; `tokens_to_remove` is their number, negative.
@@ -174,16 +202,18 @@ class PrefillSelectionCache(DynamicCache):
         tokens_to_remove = int(tokens_to_remove)  # assisted decoding may pass a tensor
         for index in self._selected:
             self.layers[index].check_crop(tokens_to_remove)
-        if self._prefill is not None and self._prefill.has_begun:
-            self._prefill.take_back(-tokens_to_remove)
+        if tokens_to_remove and self._prefill is not None and self._prefill.is_collecting:
+            raise ValueError(
+                f"tokens_to_remove={tokens_to_remove}: the prompt is not complete yet, and cannot be cropped; "
+                "call end_prompt() if it is"
+            )
         if tokens_to_remove and self.layers[self._selected[0]].stored == -tokens_to_remove:
             self.reset()
             return
         super().crop(tokens_to_remove)
-        self._end_prompt()
 
     def activate_past_recording(self) -> None:
-        """The last tokens of the next passes may be taken back: a prompt ends with the first `crop`, not before."""
+        """Assisted decoding begins: the next pass holds the prompt and candidates, and storage grows."""
         super().activate_past_recording()
         if self._prefill is not None:
             self._storage = GrowingStorage(self._settings.backend)
@@ -199,33 +229,35 @@ class PrefillSelectionCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Takes the batch rows `beam_idx`, in that order."""
-        self._end_prompt()
+        self.end_prompt()
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each batch row `repeats` times."""
-        self._end_prompt()
+        self.end_prompt()
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Takes the batch rows `indices`: numbers or a boolean mask."""
-        self._end_prompt()
+        self.end_prompt()
         super().batch_select_indices(indices)
 
-    @torch.no_grad()
-    def _end_prompt(self) -> None:
-        """Selects from a prompt that is complete but was still being collected."""
-        if self._prefill is not None and self._prefill.has_begun:
-            for index in self._selected:
-                self.layers[index] = self._prefill.finish(index, self.layers[index])
-            self._prefill = None
-
-    def _warn_of_chunks(self, tokens: int) -> None:
-        # Chunks cannot be told from turns for certain, but turns are rarely as long as the prompt to the token.
-        if self._single_pass == tokens > 1:
-            warnings.warn(
-                f"a second pass of {tokens} tokens right after a prompt of as many: if they are chunks of one prompt, "
-                'build the cache with prefill="chunked", or only the first is compressed',
-                stacklevel=4,
+    def _check_turn(self, tokens: int, call: GenerateCall | None) -> None:
+        """Raises ValueError if what `generate` passes behind the prompt is not what comes next."""
+        if call is None:
+            return
+        ids, known = call.ids, self._prompt_ids
+        if ids is not None and known is not None and ids.shape[0] == known.shape[0]:
+            width = known.shape[1]
+            if not ids[:, :width].equal(known):
+                raise ValueError(
+                    f"input_ids: they do not begin with the prompt of {width} columns that the cache holds; call "
+                    "reset() before another prompt"
+                )
+        seen = int(self.get_seq_length())
+        if call.columns is not None and seen + tokens != call.columns:
+            raise ValueError(
+                f"generate passes {tokens} tokens to a cache that has seen {seen} of {call.columns}: with every cache, "
+                "transformers feeds the whole conversation again in a later turn of assisted decoding, and where "
+                "input_ids have nothing new; decode the turn without assistance, or call reset()"
             )
-        self._single_pass = 0

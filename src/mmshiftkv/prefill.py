@@ -1,4 +1,14 @@
-"""One prompt, from its first token to its selection."""
+"""One prompt, from its first token to its selection.
+
+A cache is in one of two phases.  While it holds a `Prefill`, tokens belong to the prompt; afterwards every token is
+stored.  A prompt ends
+
+- where `generate` knows that it ends: with its last chunk, or before the candidates of assisted decoding;
+- else with its only pass (`prefill="single"`), or with the pass that completes `prompt_length` ("chunked");
+- else with `end_prompt()` of the cache, or before its rows change ("chunked" without a length).
+
+A pass that did not reach all layers leaves the prompt interrupted: only `reset()` ends that.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,13 +20,10 @@ from shiftkv_kernels import keep_best
 from .checks import tokens_to_keep
 from .methods.base import Method, checked_scores, checked_values
 from .model.decoder import Decoder
+from .model.generation import GenerateCall
 from .model.hooks import LayerInput, PrefillHooks
 from .model.padding import PromptPadding
 from .storage.base import Pair, SelectedLayer, Selection, Storage
-
-# While the last tokens may be taken back (assisted decoding: they are candidates), so many of them stay as they were
-# seen; a method's summary of tokens cannot be undone.
-_MOST_CANDIDATES = 256
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class PromptSettings:
     Attributes:
         budget: tokens kept per KV head and layer (int), or the share of the prompt's columns (float), rounded up.
         prefill: "single" if a prompt comes in one forward pass, "chunked" if in several.
-        prompt_length: columns of the whole prompt, for "chunked"; None: the first one-token pass ends the prompt.
+        prompt_length: columns of the whole prompt, for "chunked"; None: it is told by `end_prompt()`.
         backend: "auto", "triton" or "torch".
     """
 
@@ -39,8 +46,7 @@ class PromptSettings:
 class Prefill:
     """A prompt that is being prefilled, from its first forward pass until all layers have been selected from.
 
-    Each pass is announced (`begin_pass`) and then comes layer by layer (`update`).  A prompt ends with its only pass,
-    with the pass that completes its announced length, or by `finish`.
+    Each pass is announced (`begin_pass`) and then comes layer by layer (`update`).
 
     Args:
         settings: how the prompt comes.
@@ -58,22 +64,17 @@ class Prefill:
         self._hooks = hooks
         self._method = method
         self._storage = storage
-        self._may_shrink = False
+        self._has_candidates = False
+        self._end: int | None = None
         self._seen = 0
         self._arrived = 0
         self._ended = 0
         self._padding: PromptPadding | None = None
         self._summaries: dict[int, Any] = {}
-        self._tails: dict[int, LayerInput] = {}
 
     @property
-    def seen(self) -> int:
-        """Columns of the prompt so far."""
-        return self._seen
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether a pass of the prompt is complete."""
+    def is_collecting(self) -> bool:
+        """Whether a pass of the prompt is complete, and the prompt has not ended with it."""
         return self._seen > 0
 
     @property
@@ -82,40 +83,49 @@ class Prefill:
         return self._ended == len(self._decoder.attention)
 
     def expect_candidates(self, storage: Storage) -> None:
-        """The last tokens of the prompt may be taken back; `finish` ends it, and `storage` takes over what is kept."""
-        self._may_shrink = True
+        """The next pass holds candidates of assisted decoding behind the prompt; `storage` takes over what is kept."""
+        self._has_candidates = True
         self._storage = storage
 
-    def ends_before(self, tokens: int) -> bool:
-        """Whether a pass of so many tokens comes after the prompt.
+    def begin_pass(self, cache: Any, tokens: int, call: GenerateCall | None) -> None:
+        """Prepares for a pass of so many tokens: puts the hooks on the model.
+
+        Args:
+            cache: the cache whose prompt it is.
+            tokens: columns of the pass.
+            call: the call of `generate` that the pass belongs to, if any.
 
         Raises:
-            ValueError: the last pass did not come to its end.
+            ValueError: the last pass did not come to its end, there are no tokens or more than were announced, or it
+                cannot be known which of them are the prompt.
         """
         if self._arrived:
             raise ValueError("the cache holds part of a prompt whose prefill was interrupted; call reset()")
-        if not self.has_begun:
-            return False
-        may_go_on = self._settings.prompt_length is not None or tokens > 1
-        return not (self._settings.prefill == "chunked" and may_go_on)
-
-    def begin_pass(self, cache: Any, tokens: int) -> None:
-        """Prepares for a pass of so many tokens: puts the hooks on the model.
-
-        Raises:
-            ValueError: there are none, or more than were announced.
-        """
         if tokens == 0:
             raise ValueError("input_ids: the prompt is empty; at least one token is needed")
-        length, chunk = self._settings.prompt_length, self._decoder.prefill_chunk_size
-        if length is not None and self._seen + tokens > length:
-            raise ValueError(f"prompt_length={length}, but the prompt has at least {self._seen + tokens} columns")
-        if self._settings.prefill == "single" and chunk is not None:
-            raise ValueError(
-                f'prefill="single", but the model\'s generation_config sets prefill_chunk_size={chunk}: '
-                'build the cache with prefill="chunked"'
-            )
+        self._end = self._end_of_prompt(tokens, call)
         self._hooks.attach(cache)
+
+    def _end_of_prompt(self, tokens: int, call: GenerateCall | None) -> int | None:
+        """How many columns the prompt has, or None if that is not known before its end."""
+        seen, length = self._seen + tokens, self._settings.prompt_length
+        if call is not None and call.prompt is not None:
+            return call.prompt
+        if self._has_candidates:
+            raise ValueError(
+                "assisted decoding by another loop than transformers' own: it cannot be known which tokens of the "
+                "first pass are candidates; prefill the prompt before it, or decode without assistance"
+            )
+        if self._settings.prefill == "single":
+            return seen
+        if length is not None and seen > length:
+            raise ValueError(f"prompt_length={length}, but the prompt has at least {seen} columns")
+        if length is None and tokens == 1 and self.is_collecting:
+            raise ValueError(
+                'prefill="chunked": one token came after chunks of a prompt whose length is not known, and it may be '
+                "its last chunk or the answer's first token: give prompt_length, or call end_prompt() before it"
+            )
+        return length
 
     def update(
         self, index: int, layer: SelectedLayer, keys: torch.Tensor, values: torch.Tensor
@@ -133,52 +143,51 @@ class Prefill:
         Raises:
             ValueError: the layer was not seen, or the prompt is padded elsewhere than on the left.
         """
-        seen = layer.seen + keys.shape[2]
-        ends = not self._may_shrink and (self._settings.prefill == "single" or seen == self._settings.prompt_length)
-        inputs = self._inputs_of(index, keys, seen, ends)
-        if layer.seen or not ends or self._fits(seen):
-            keys, values = layer.update(keys, values)
-        if not (ends and self._fits(seen)):
-            self._summarize(index, inputs)
+        tokens, seen = keys.shape[2], layer.seen + keys.shape[2]
+        end = seen if self._end is None and self._settings.prefill == "single" else self._end
+        ends = end is not None and seen >= end
+        later = seen - end if ends and end is not None else 0
+        mine = tokens - later
+        is_kept_whole = ends and tokens_to_keep(self._settings.budget, layer.seen + mine) == layer.seen + mine
+        inputs = self._hooks.take(index)
+        prompt = attended = keys, values
+        if later:
+            prompt = keys[:, :, :mine], values[:, :, :mine]
+        if not is_kept_whole:
+            inputs = self._with_padding(index, inputs, keys, seen, ends)
+            self._fold(index, inputs.tokens(0, mine) if later else inputs)
+        if layer.seen or not ends or is_kept_whole:
+            prompt = layer.update(*prompt)
+            attended = attended if later else prompt
         if ends:
-            layer = self._select(index, layer, keys, values)
+            layer = self._select(index, layer, *prompt)
+            if later:
+                layer.update(keys[:, :, mine:], values[:, :, mine:])
         self._arrived += 1
         if self._arrived == len(self._decoder.attention):
             self._arrived, self._seen = 0, seen
-        return layer, (keys, values)
+        return layer, attended
 
     def finish(self, index: int, layer: SelectedLayer) -> SelectedLayer:
-        """Ends the prompt in one layer: the layer that takes its place."""
-        assert layer.storage is not None
-        keys, values = (part[:, :, : layer.stored] for part in layer.storage)
-        return self._select(index, layer, keys, values)
+        """Ends the prompt in one layer, with what has been collected of it.
 
-    def take_back(self, tokens: int) -> None:
-        """Forgets the last tokens of the prompt.
-
-        Raises:
-            ValueError: they are part of a summary already; nothing is changed then.
+        Returns:
+            The layer that takes the place of `layer`.
         """
-        tails = self._tails.values()
-        known = min((tail.hidden_states.shape[1] for tail in tails), default=0)
-        if tokens and tokens >= known:
-            raise ValueError(
-                f"tokens_to_remove={-tokens}: the prompt is not selected from yet, and only {max(known - 1, 0)} of its "
-                "last tokens can be removed"
-            )
-        self._tails = {index: tail.tokens(0, known - tokens) for index, tail in self._tails.items()}
-        if self._padding is not None:
-            self._padding.take_back(tokens)
-        self._seen -= tokens
+        assert layer.keys is not None
+        assert layer.values is not None
+        return self._select(index, layer, layer.keys, layer.values)
 
-    def _inputs_of(self, index: int, keys: torch.Tensor, seen: int, ends: bool) -> LayerInput:
-        inputs = self._hooks.take(index)
+    def _with_padding(
+        self, index: int, inputs: LayerInput | None, keys: torch.Tensor, seen: int, ends: bool
+    ) -> LayerInput:
+        """The layer's inputs with the padding among its new tokens."""
         if inputs is None:
             self._hooks.detach()
             raise ValueError(
                 f"model: layer {index} was not seen while it got its prompt.  Either the cache was built for "
-                "another model than the one that is run (build it for this one), or the model was given a 4-D "
-                "attention_mask (give it the 2-D one)"
+                "another model than the one that is run (build it for this one), the model was given a 4-D "
+                "attention_mask (give it the 2-D one), or another prefill of the same model began before this one ended"
             )
         if not self._arrived:
             self._padding = PromptPadding(inputs.mask, keys.shape[0], seen, keys.device)
@@ -187,38 +196,25 @@ class Prefill:
         valid = self._padding.valid(keys.device) if ends else self._padding.unchecked(keys.device)
         return replace(inputs, valid=None if valid is None else valid[:, -keys.shape[2] :])
 
-    def _summarize(self, index: int, inputs: LayerInput) -> None:
-        """Adds new tokens to the layer's summary, but for those that may be taken back."""
-        self._fold(index, self._tails.pop(index, None))
-        tokens = inputs.hidden_states.shape[1]
-        sure = max(tokens - _MOST_CANDIDATES, 0) if self._may_shrink else tokens
-        if sure:
-            self._fold(index, inputs.tokens(0, sure))
-        if sure < tokens:
-            self._tails[index] = inputs.tokens(sure, tokens).copied()
-
-    def _fold(self, index: int, inputs: LayerInput | None) -> None:
-        if inputs is not None:
-            attention = self._decoder.attention[index]
-            self._summaries[index] = self._method.observe(attention, inputs, self._summaries.get(index))
-
-    def _fits(self, tokens: int) -> bool:
-        return tokens_to_keep(self._settings.budget, tokens) == tokens
+    def _fold(self, index: int, inputs: LayerInput) -> None:
+        """Adds new tokens to a layer's summary."""
+        attention = self._decoder.attention[index]
+        self._summaries[index] = self._method.observe(attention, inputs, self._summaries.get(index))
 
     def _select(self, index: int, layer: SelectedLayer, keys: torch.Tensor, values: torch.Tensor) -> SelectedLayer:
         """Hands over to storage what is kept of a complete prompt."""
-        assert self._padding is not None
-        valid = self._padding.valid(keys.device)
         kept = refitted = None
-        if not self._fits(keys.shape[2]):
-            self._fold(index, self._tails.pop(index, None))
+        tokens = keys.shape[2]
+        count = tokens_to_keep(self._settings.budget, tokens)
+        if count < tokens:
+            assert self._padding is not None
+            valid = self._padding.valid(keys.device)
+            valid = None if valid is None else valid[:, :tokens]
             attention, summary = self._decoder.attention[index], self._summaries[index]
             scores = checked_scores(self._method, self._method.score(attention, summary, keys, values, valid), keys)
-            count = tokens_to_keep(self._settings.budget, keys.shape[2])
             kept = keep_best(scores, count, valid, backend=self._settings.backend)
             refitted = self._method.refit(attention, summary, keys, values, kept, valid)
             refitted = checked_values(self._method, refitted, values, kept)
         self._summaries.pop(index, None)
-        self._tails.pop(index, None)
         self._ended += 1
         return self._storage.store(index, layer, Selection(kept, keys, values, refitted))

@@ -7,9 +7,9 @@ methods:
 - a budget is the number of tokens kept per KV head and layer, and the last token is always among them;
 - padding on the left of a row is neither counted nor scored;
 - logits, softmax and sums are float32, and logits are scaled as the model scales them;
-- tokens that a method protects get scores of their own above all others, not the highest of the batch plus one; a
-  budget smaller than their number is refused, and a share of the prompt that comes out smaller keeps the first of the
-  sinks and the last of the window.
+- tokens that a method protects (StreamingLLM's and ExpectedAttention's sinks, SnapKV's window) get scores of their own
+  above all others, not the highest of the batch plus one; a budget smaller than their number is refused, and a share
+  of the prompt that comes out smaller keeps the first sinks, or the last tokens of the window.
 """
 
 from dataclasses import fields, is_dataclass
@@ -130,7 +130,9 @@ def register_method(name: str, method_type: type[Method]) -> type[MethodCache]:
     """
     if not (isinstance(method_type, type) and issubclass(method_type, Method)):
         raise TypeError(f"method_type={method_type!r} must be a class that inherits from mmshiftkv.Method")
-    if name in ("full", *CACHES):
+    known = getattr(CACHES.get(name), "method_type", None)
+    # The same class once more is one that was written anew, in a notebook.
+    if name == "full" or (name in CACHES and getattr(known, "__qualname__", None) != method_type.__qualname__):
         raise ValueError(f"name={name!r} is taken")
     settings = ", ".join(settings_of(method_type)) or "none"
     cache = type(

@@ -50,18 +50,18 @@ def test_storage_grows_in_steps_and_not_with_every_token():
     addresses = set()
     for _ in range(600):
         layer.update(*states(tokens=1))
-        addresses.add(layer.storage[0].data_ptr())
+        addresses.add(layer.allocated[0].data_ptr())
     assert len(addresses) < 12
     assert layer.allocated_bytes < 1.4 * 608 * layer.bytes_per_token
 
 
 def test_fixed_storage_stays_in_place(model):
     cache = compressed(model, max_new_tokens=50)
-    before = [layer.storage[0].data_ptr() for layer in cache.layers]
+    before = [layer.allocated[0].data_ptr() for layer in cache.layers]
     with torch.no_grad():
         for _ in range(50):
             model(models.prompt_ids(2, 1), past_key_values=cache, use_cache=True)
-    assert [layer.storage[0].data_ptr() for layer in cache.layers] == before
+    assert [layer.allocated[0].data_ptr() for layer in cache.layers] == before
     assert cache.report().bytes_stored == 3 * 56 * cache.layers[0].bytes_per_token
 
 

@@ -46,8 +46,9 @@ def decode_ahead(
         The sequences (B, T + new tokens), or with `return_dict_in_generate` them with scores, logits and the cache.
 
     Raises:
-        ValueError: the cache is not one of this package that was built with `max_new_tokens` and can be compiled, or
-            what is asked for is neither greedy decoding nor sampling.
+        ValueError: the cache is not one of this package that was built with `max_new_tokens` and can be compiled, what
+            is asked for is neither greedy decoding nor sampling, or `input_ids` do not go on with the conversation that
+            the cache holds.
     """
     cache = _checked_cache(model_kwargs, generation_config, synced_gpus)
     forward = (
@@ -190,12 +191,10 @@ class _Step:
         """The inputs of one step after another, until the sequences are full."""
         yield self._inputs
         while not loop.is_full:
-            try:
-                self._cache.begin_pass(1)
-            except ValueError:
-                if loop.has_ended():
-                    return
-                raise
+            # A step beyond the end is taken back, but is not worth a move to larger storage.
+            if not self._cache.has_room_for(1) and loop.has_ended():
+                return
+            self._cache.begin_pass(1)
             self._inputs["input_ids"].copy_(loop.tokens)
             if "position_ids" in self._inputs:
                 self._inputs["position_ids"].add_(1)

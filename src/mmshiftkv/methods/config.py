@@ -38,7 +38,7 @@ class ShiftKVConfig:
             that `generate` compiles decoding; None: storage grows, and decoding is eager.
         prefill: "single" when one forward pass holds the whole prompt, "chunked" when several do.
         prompt_length: only with `prefill="chunked"`: columns of the whole prompt, which tell that it is complete.
-            None: the first forward pass with a single token ends the prompt.
+            None: `end_prompt()` of the cache tells it.
         backend: "auto" (Triton kernels on a GPU, plain torch elsewhere), "triton" or "torch".
 
     Raises:

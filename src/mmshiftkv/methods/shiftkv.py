@@ -61,9 +61,10 @@ class ShiftKV(Method):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The mass of each group and of the last query, as `group_mass` gives them (method, steps 1 to 4)."""
         proxies, last_query, num_groups = self.queries(layer, summary, valid)
+        # Under autocast the model's own projections have another dtype than its keys.
         return group_mass(
-            proxies,
-            last_query,
+            proxies.to(keys.dtype),
+            last_query.to(keys.dtype),
             keys,
             num_groups=num_groups,
             scaling=layer.scaling,

@@ -41,7 +41,6 @@ class Decoder:
             self.attention[index] = layer
         self._text_config = config
         self._config = model.config
-        self._generation_config = getattr(model, "generation_config", None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Decoder":
         return self
@@ -64,11 +63,6 @@ class Decoder:
     def fresh_layers(self) -> list[Any]:
         """Empty cache layers, of the kinds that the model's layers call for."""
         return DynamicCache(config=self._config).layers
-
-    @property
-    def prefill_chunk_size(self) -> int | None:
-        """The chunk size that the model's own generation config sets for prefills, if any."""
-        return getattr(self._generation_config, "prefill_chunk_size", None)
 
 
 def text_decoder(model: PreTrainedModel) -> nn.Module:

@@ -75,9 +75,9 @@ class PrefillHooks:
                 return
             self._sweep()
             self._thread = threading.get_ident()
-            owner = weakref.ref(cache)
+            weak_cache = weakref.ref(cache)
             for index, block in enumerate(self._decoder.blocks):
-                _Hook(self, owner, index).put_on(self._handles, block, self._decoder.attention.get(index))
+                _Hook(self, weak_cache, index).put_on(self._handles, block, self._decoder.attention.get(index))
             _attached.add(self)
 
     def detach(self) -> None:
@@ -108,8 +108,8 @@ class PrefillHooks:
         """Takes all hooks off while those of the block of `handle` are being run because it raised."""
         with _hook_lock:
             hooks = handle.hooks_dict_ref()
-            # torch iterates over the dict itself then, which allows taking off only the last hook in it.  One that
-            # another thread has covered in the meantime stays, without effect, until the next prefill.
+            # torch iterates over the dict itself then, which allows taking off only the last hook in it.  If another
+            # thread has added a hook since, this one stays, without effect, until the next prefill.
             if hooks and next(reversed(hooks)) != handle.id:
                 self._handles.remove(handle)
                 self._left_behind.append(handle)
@@ -131,9 +131,9 @@ class PrefillHooks:
 class _Hook:
     """The two hooks of one block: its attention module's input, and the end of the block."""
 
-    def __init__(self, hooks: PrefillHooks, owner: "weakref.ref[Any]", index: int) -> None:
+    def __init__(self, hooks: PrefillHooks, cache: "weakref.ref[Any]", index: int) -> None:
         self._hooks = weakref.ref(hooks)
-        self._owner = owner
+        self._cache = cache
         self._index = index
         self._before: RemovableHandle | None = None
         self._after: RemovableHandle | None = None
@@ -146,7 +146,7 @@ class _Hook:
         handles.append(self._after)
 
     def _is_mine(self, kwargs: dict[str, Any] | None) -> bool:
-        cache = self._owner()
+        cache = self._cache()
         return kwargs is not None and cache is not None and any(kwargs.get(name) is cache for name in CACHE_ARGUMENTS)
 
     # In another thread's forward pass torch may have just taken the mark off that says "with kwargs": then they are
@@ -154,6 +154,7 @@ class _Hook:
     def before_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         hooks = self._hooks()
         if hooks is None or not self._is_mine(kwargs):
+            self._give_up(hooks, kwargs)
             return
         assert kwargs is not None
         assert self._before is not None
@@ -161,6 +162,12 @@ class _Hook:
         hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         cos, sin = kwargs["position_embeddings"]
         hooks.record(self._index, LayerInput(hidden_states, cos, sin, kwargs.get("attention_mask")))
+
+    def _give_up(self, hooks: PrefillHooks | None, kwargs: dict[str, Any] | None) -> None:
+        """Takes all hooks off if their pass runs without its cache: gradient checkpointing drops it."""
+        is_without = kwargs is not None and all(kwargs.get(name) is None for name in CACHE_ARGUMENTS)
+        if hooks is not None and is_without and hooks._thread == threading.get_ident():
+            hooks.detach()
 
     def after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         hooks = self._hooks()
@@ -171,7 +178,7 @@ class _Hook:
             hooks.finished(self._after)
             return
         hooks.abandon(self._after)
-        cache = self._owner()
+        cache = self._cache()
         assert cache is not None
         cache.reset()
 

@@ -19,11 +19,6 @@ class PromptPadding:
         self._valid = valid_columns(mask, batch, tokens, device)
         self._is_checked = False
 
-    def take_back(self, tokens: int) -> None:
-        """Leaves out the last `tokens` columns."""
-        if self._valid is not None:
-            self._valid = self._valid[:, : self._valid.shape[1] - tokens]
-
     def unchecked(self, device: torch.device) -> torch.Tensor | None:
         """As `valid`, without a look at it, so without waiting for the device: all columns may prove to be tokens."""
         return None if self._valid is None else self._valid.to(device)
@@ -90,6 +85,7 @@ def check_left_padding(valid: torch.Tensor) -> torch.Tensor | None:
         if found:
             raise ValueError(
                 f"attention_mask: row {rows.nonzero()[0].item()} has {what}; a prompt must be padded on the left only "
-                '(set padding_side="left" on the tokenizer)'
+                '(set padding_side="left" on the tokenizer; prefix tuning puts its tokens in front of the padding: '
+                "prompt such rows one by one)"
             )
     return valid if padded else None

@@ -1,5 +1,6 @@
 """How a decoder layer makes its queries, rebuilt from its projection, query norm and rotary embedding."""
 
+import contextlib
 import copy
 import inspect
 import sys
@@ -143,7 +144,11 @@ class AttentionLayer:
         return known[key]
 
     def _project(self, letter: str, hidden_states: torch.Tensor) -> torch.Tensor:
-        projected = getattr(self.module, f"{letter}_proj")(hidden_states)
+        projection = getattr(self.module, f"{letter}_proj")
+        weight = getattr(projection, "weight", None)
+        if weight is not None and weight.dtype in _PLAIN_DTYPES:
+            hidden_states = hidden_states.to(weight.dtype)  # the model's own may be run under autocast
+        projected = projection(hidden_states)
         norm = getattr(self.module, f"{letter}_norm", None) or getattr(self.module, f"{letter}_layernorm", None)
         weight = getattr(norm, "weight", None)
         # OLMo 2 and others norm all heads at once, Qwen 3 and others each head by itself.
@@ -174,7 +179,7 @@ class AttentionLayer:
         hidden = torch.arange(2 * hidden_size, device=parameter.device).sin().view(1, 2, hidden_size).to(dtype)
         positions = torch.tensor([[3, 11]], device=parameter.device)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), without_autocast(parameter.device):
                 cos, sin = (part.to(dtype) for part in rotary_factors(self._rotary, positions, self._layer_type))
                 expected = _keys_of(self.module, hidden, cos, sin)
                 unrotated = self._project("k", hidden)
@@ -195,6 +200,13 @@ class AttentionLayer:
         last = slice(1, 2)
         self._pairs_halves = _pairs_halves(unrotated[:, :, last], cos[:, last], sin[:, last], rebuilt[:, :, last])
         _checked[self.module] = self._pairs_halves
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """No autocast on this device for a while: statistics and scores choose their dtypes themselves."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def rotary_factors(

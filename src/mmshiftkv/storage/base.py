@@ -39,7 +39,8 @@ class Selection:
 class SelectedLayer(DynamicLayer, ABC):
     """A layer from whose prompt tokens are selected.
 
-    It holds the first `stored` tokens of `storage`: what was kept of the prompt, and behind it all that came later.
+    It fills the first `stored` of its `allocated` slots: with what was kept of the prompt, and behind it with all that
+    came later.
     Positions follow `seen`.
 
     Attributes:
@@ -53,7 +54,7 @@ class SelectedLayer(DynamicLayer, ABC):
 
     @property
     @abstractmethod
-    def storage(self) -> Pair | None:
+    def allocated(self) -> Pair | None:
         """All slots for keys and values, (B, H_kv, slots, D); None before the first token."""
 
     @property
@@ -82,21 +83,21 @@ class SelectedLayer(DynamicLayer, ABC):
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token's keys and values, in all rows and KV heads."""
-        return sum(part[:, :, :1].nbytes for part in self.storage) if self.storage else 0
+        return sum(part[:, :, :1].nbytes for part in self.allocated) if self.allocated else 0
 
     @property
     def allocated_bytes(self) -> int:
         """Bytes of the storage, slots not yet filled included."""
-        return sum(part.nbytes for part in self.storage) if self.storage else 0
+        return sum(part.nbytes for part in self.allocated) if self.allocated else 0
 
     @property
     def kept_indices(self) -> torch.Tensor | None:
         """(B, H_kv, kept) int64: the prompt's columns that are held, ascending; None before the prompt has ended."""
         if self._kept is not None or not self.prompt_stored:
             return self._kept
-        assert self.storage is not None
+        assert self.allocated is not None
         everything = torch.arange(self.prompt_stored, device=self.device)
-        return everything.expand(*self.storage[0].shape[:2], -1).clone()
+        return everything.expand(*self.allocated[0].shape[:2], -1).clone()
 
     def keep_all(self) -> None:
         """Ends the prompt with everything that is held of it."""
@@ -141,22 +142,30 @@ class SelectedLayer(DynamicLayer, ABC):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Takes the batch rows `indices`: numbers or a boolean mask."""
-        self._change_rows(lambda part: part[indices.to(part.device) if torch.is_tensor(indices) else indices])
+        self._change_rows(lambda part: part[torch.as_tensor(indices, device=part.device)])
 
     def _change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if self.storage is None:
+        if self.allocated is None:
             return
-        self._hold_rows(*map(change, self.storage))
+        self._hold_rows(*map(change, self.allocated))
         if self._kept is not None:
             self._kept = change(self._kept)
 
-    def _check_rows(self, key_states: torch.Tensor) -> None:
+    def _match_rows(self, key_states: torch.Tensor) -> None:
+        """Repeats a single row for a batch, such as the beams of a prompt.
+
+        Raises:
+            ValueError: another number of rows than the one stored.
+        """
         assert self.keys is not None
-        if key_states.shape[0] != self.keys.shape[0]:
+        rows, held = key_states.shape[0], self.keys.shape[0]
+        if rows == held:
+            return
+        if held != 1:
             raise ValueError(
-                f"keys of batch size {key_states.shape[0]}, the cache holds {self.keys.shape[0]} rows; "
-                "call reset() before another prompt"
+                f"keys of batch size {rows}, the cache holds {held} rows; call reset() before another prompt"
             )
+        self.batch_repeat_interleave(rows)
 
 
 class Storage(ABC):
@@ -187,11 +196,11 @@ class Storage(ABC):
 
     @abstractmethod
     def reserve(self, tokens: int) -> None:
-        """Makes sure, before a forward pass of so many tokens, that they fit behind what is held.
+        """Makes sure, before a forward pass of so many tokens, that they fit behind what is held."""
 
-        Raises:
-            ValueError: they do not; nothing has been changed then.
-        """
+    @abstractmethod
+    def has_room_for(self, tokens: int) -> bool:
+        """Whether so many tokens fit without a move to larger storage."""
 
     @abstractmethod
     def release(self) -> None:

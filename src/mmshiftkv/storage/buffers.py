@@ -10,10 +10,10 @@ from torch import nn
 
 from .base import Pair
 
-# By model: the buffers that no cache uses, and when their cache was made.  The model's next cache takes them, so that
-# the CUDA graphs recorded with them can be replayed; with other buffers they would have to be recorded again.  Of two
-# caches the one made later leaves its buffers: a cache whose decoding was traced is freed by the garbage collector
-# alone, long after later caches, and by then the graphs have been recorded with the buffers of those.
+# By model: the buffers of a cache that is gone, and when that cache was made.  The model's next cache uses them again,
+# so that the CUDA graphs recorded with them can be replayed; with others they would have to be recorded again.  A model
+# has one such set, of its latest cache: a cache whose decoding was traced is freed by the garbage collector alone, long
+# after caches that were made after it, and the graphs have been recorded with the buffers of those by then.
 _unused: "weakref.WeakKeyDictionary[nn.Module, tuple[int, dict[Hashable, Pair]]]" = weakref.WeakKeyDictionary()
 _times = itertools.count()
 
@@ -30,7 +30,7 @@ class Buffers:
     Attributes:
         filled: tokens held, 0-d int64; set by `start`.
         seen: tokens seen, 0-d int64; set by `start`.
-        reserved: slots that are filled or about to be, at least as many as `filled`; known without asking the device.
+        taken: slots that are filled or that a pass was promised, at least `filled`; known without asking the device.
     """
 
     filled: torch.Tensor
@@ -40,7 +40,7 @@ class Buffers:
         self._owner = weakref.ref(owner)
         _, self._pairs = _unused.pop(owner, (0, {}))
         weakref.finalize(self, _leave, self._owner, next(_times), self._pairs).atexit = False
-        self.reserved = 0
+        self.taken = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Buffers":
         owner = self._owner()
@@ -53,7 +53,7 @@ class Buffers:
                 theirs.copy_(mine)
         if "lengths" in self._pairs:
             copied.filled, copied.seen = copied._pairs["lengths"]
-        copied.reserved = self.reserved
+        copied.taken = self.taken
         return copied
 
     def of_layer(self, index: int, keys: torch.Tensor, values: torch.Tensor, slots: int) -> Pair:
@@ -67,7 +67,7 @@ class Buffers:
         self.filled, self.seen = self._pair("lengths", (length, length), [length.shape] * 2)
         self.filled.fill_(stored)
         self.seen.fill_(seen)
-        self.reserved = stored
+        self.taken = stored
 
     def advance(self, tokens: int) -> None:
         """Counts tokens that all layers have been given; this is compiled."""
@@ -78,7 +78,7 @@ class Buffers:
         """Forgets the last tokens."""
         self.filled.sub_(tokens)
         self.seen.sub_(tokens)
-        self.reserved -= tokens
+        self.taken -= tokens
 
     def _pair(self, key: Hashable, like: Pair, shapes: list[torch.Size]) -> Pair:
         held = self._pairs.get(key)

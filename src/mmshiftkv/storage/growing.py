@@ -19,8 +19,9 @@ class GrowingLayer(SelectedLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._storage: Pair | None = None
-        self._seen = 0
+        self._allocated: Pair | None = None
+        self._views: Pair | None = None
+        self._dropped = 0
 
     @classmethod
     def holding(cls, kept: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: int) -> "GrowingLayer":
@@ -32,21 +33,27 @@ class GrowingLayer(SelectedLayer):
             seen: columns of the prompt.
         """
         layer = cls()
-        layer.lazy_initialization(keys, values)
+        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
         layer._hold(keys, values, keys.shape[2])
-        layer._kept, layer._seen = kept, seen
+        layer._kept, layer._dropped = kept, seen - keys.shape[2]
         layer.prompt_stored = keys.shape[2]
         return layer
 
     @property
-    def storage(self) -> Pair | None:
+    def allocated(self) -> Pair | None:
         """All slots for keys and values, (B, H_kv, slots, D); None before the first token."""
-        return self._storage
+        self._adopt()
+        return self._allocated
 
     @property
     def seen(self) -> int:
         """Tokens seen."""
-        return self._seen
+        return self.stored + self._dropped
+
+    @property
+    def dropped(self) -> int:
+        """Tokens seen but not held."""
+        return self._dropped
 
     @property
     def stored(self) -> int:
@@ -67,47 +74,56 @@ class GrowingLayer(SelectedLayer):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._check_rows(key_states)
+        self._adopt()
+        self._match_rows(key_states)
         start, length = self.stored, self.stored + key_states.shape[-2]
         self._make_room(length)
-        assert self._storage is not None
-        for storage, states in zip(self._storage, (key_states, value_states), strict=True):
+        assert self._allocated is not None
+        for storage, states in zip(self._allocated, (key_states, value_states), strict=True):
             storage[:, :, start:length] = states.detach()
-        self._hold(*self._storage, length)
-        self._seen += key_states.shape[-2]
+        self._hold(*self._allocated, length)
         assert self.keys is not None
         assert self.values is not None
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
         """Tokens seen: the position of the next one."""
-        return self._seen
+        return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns that attention will see, and how many seen tokens lie before them."""
         return self.stored + query_length, self.dropped
 
     def _remove(self, count: int) -> None:
-        assert self._storage is not None
-        self._hold(*self._storage, self.stored - count)
-        self._seen -= count
+        assert self._allocated is not None
+        self._hold(*self._allocated, self.stored - count)
 
     def _hold_rows(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self._hold(keys, values, self.stored)
 
     def _hold(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
-        self._storage = keys, values
-        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+        self._allocated = keys, values
+        self._views = self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+
+    def _adopt(self) -> None:
+        """Takes keys and values that somebody else has set: kvpress cuts answers off in this way."""
+        if self._views is not None and (self.keys is not self._views[0] or self.values is not self._views[1]):
+            assert self.keys is not None
+            assert self.values is not None
+            self._hold(self.keys, self.values, self.keys.shape[2])
+            self.prompt_stored = min(self.prompt_stored, self.stored)
 
     def _make_room(self, length: int) -> None:
-        assert self._storage is not None
-        if length <= self._storage[0].shape[2]:
+        assert self._allocated is not None
+        # What was made under inference mode cannot be written outside of it.
+        is_locked = self._allocated[0].is_inference() and not torch.is_inference_mode_enabled()
+        if length <= self._allocated[0].shape[2] and not is_locked:
             return
-        # Exact for a prompt, in steps of a quarter behind it: no copy of everything for every token.
+        # Exact for what comes first, then in steps of a quarter: no copy of everything for every token.
         capacity = length if self.stored == 0 else length + max(_LEAST_GROWTH, length // 4)
         filled = self.stored
         grown = []
-        for part in self._storage:
+        for part in self._allocated:
             room = part.new_empty((*part.shape[:2], capacity, part.shape[3]))
             room[:, :, :filled] = part[:, :, :filled]
             grown.append(room)
@@ -142,6 +158,10 @@ class GrowingStorage(Storage):
 
     def reserve(self, tokens: int) -> None:
         """Nothing: there is always room."""
+
+    def has_room_for(self, tokens: int) -> bool:
+        """True."""
+        return True
 
     def release(self) -> None:
         """Nothing: the storage goes with its layers."""

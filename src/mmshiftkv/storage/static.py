@@ -18,6 +18,7 @@ from .buffers import Buffers
 # These are given a mask that hides what has not been written yet.  transformers gives flash attention none, and cannot
 # compile flex attention with any cache.
 _MASKED_ATTENTION = ("sdpa", "eager")
+_SLOTS_OF_SHORT_PROMPTS = 4096
 _logger = logging.getLogger(__name__)
 
 
@@ -29,7 +30,7 @@ class StaticLayer(SelectedLayer):
 
     Args:
         index: the layer's number.
-        owner: the storage of all layers of the cache, which is told of each pass.
+        storage: that of all layers of the cache; it hears of each pass.
         slots: the layer's buffers, with the kept tokens in front and zeros behind them.
         kept: (B, H_kv, C) int64, the columns that were kept; None: all.
         stored: C.
@@ -39,39 +40,41 @@ class StaticLayer(SelectedLayer):
     is_compileable = True
 
     def __init__(
-        self, index: int, owner: "StaticStorage", slots: Pair, kept: torch.Tensor | None, *, stored: int, dropped: int
+        self, index: int, storage: "StaticStorage", slots: Pair, kept: torch.Tensor | None, *, stored: int, dropped: int
     ) -> None:
         super().__init__()
         self._index = index
-        self._owner = weakref.ref(owner)  # weak: without a cycle the buffers are free as soon as the cache is
-        self._buffers = owner.buffers
-        self._is_first, self._is_last = owner.place_of(index)
+        # Weak: without a cycle the buffers are free as soon as the cache is.
+        self._weak_storage = weakref.ref(storage)
+        self._buffers = storage.buffers
+        self._is_first, self._is_last = storage.place_of(index)
         self._kept = kept
         self._dropped = dropped
         self.prompt_stored = stored
         self.is_initialized = True
-        self._take(slots)
+        self._use(slots)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StaticLayer":
         copied = copy.copy(self)
         memo[id(self)] = copied
-        copied._owner = weakref.ref(copy.deepcopy(self._storage_of_all(), memo))
+        copied._weak_storage = weakref.ref(copy.deepcopy(self._storage, memo))
         copied._buffers = copy.deepcopy(self._buffers, memo)
         copied._kept = copy.deepcopy(self._kept, memo)
-        copied._take(copied._buffers.of_layer(self._index, *self.storage, self.slots))
+        copied._use(copied._buffers.of_layer(self._index, *self.allocated, self.slots))
         return copied
 
-    def _storage_of_all(self) -> "StaticStorage":
-        owner = self._owner()
-        assert owner is not None
-        return owner
+    @property
+    def _storage(self) -> "StaticStorage":
+        storage = self._weak_storage()
+        assert storage is not None
+        return storage
 
-    def _take(self, slots: Pair) -> None:
+    def _use(self, slots: Pair) -> None:
         self.keys, self.values = slots
         self.dtype, self.device = slots[0].dtype, slots[0].device
 
     @property
-    def storage(self) -> Pair:
+    def allocated(self) -> Pair:
         """All slots for keys and values, (B, H_kv, slots, D)."""
         assert self.keys is not None
         assert self.values is not None
@@ -80,7 +83,7 @@ class StaticLayer(SelectedLayer):
     @property
     def slots(self) -> int:
         """Tokens that there is room for."""
-        return self.storage[0].shape[2]
+        return self.allocated[0].shape[2]
 
     @property
     def filled(self) -> torch.Tensor:
@@ -106,12 +109,12 @@ class StaticLayer(SelectedLayer):
         """Writes states (B, H_kv, t, D) behind the stored ones and returns all slots.
 
         Raises:
-            ValueError: a batch of another size than the one stored, or no slot is left.
+            ValueError: a batch of another size than the one stored.
         """
-        self._check_rows(key_states)
+        self._match_rows(key_states)
         tokens = key_states.shape[-2]
         if self._is_first and not torch.compiler.is_compiling():
-            self._storage_of_all().claim(tokens)
+            self._storage.claim(tokens)
         keys, values = self.keys, self.values
         assert keys is not None
         assert values is not None
@@ -132,12 +135,12 @@ class StaticLayer(SelectedLayer):
 
     def enlarge(self, slots: int) -> None:
         """Moves to buffers of more slots."""
-        old, filled = self.storage, self.stored
+        old, filled = self.allocated, self.stored
         new = self._buffers.of_layer(self._index, *old, slots)
         for mine, theirs in zip(old, new, strict=True):
             theirs[:, :, :filled] = mine[:, :, :filled]
             theirs[:, :, filled:] = 0
-        self._take(new)
+        self._use(new)
 
     def _remove(self, count: int) -> None:
         if self._is_last:
@@ -148,7 +151,7 @@ class StaticLayer(SelectedLayer):
         new = self._buffers.of_layer(self._index, keys, values, self.slots)
         for mine, theirs in zip((keys, values), new, strict=True):
             theirs.copy_(mine)
-        self._take(new)
+        self._use(new)
 
 
 class StaticStorage(Storage):
@@ -157,8 +160,7 @@ class StaticStorage(Storage):
     Args:
         decoder: of the model that decodes.
         budget: as the cache's.
-        max_new_tokens: tokens that fit behind what is kept of the prompt.  Later turns and their answers may be longer:
-            then everything moves to larger storage.
+        max_new_tokens: tokens that fit behind what is kept of the prompt; with more, all moves to larger storage.
         backend: "auto", "triton" or "torch".
 
     """
@@ -172,7 +174,6 @@ class StaticStorage(Storage):
         self._new_tokens = max_new_tokens
         self._backend = backend
         self._layers: list[StaticLayer] = []
-        self._has_turns = False
         self._is_reserved = False
 
     @cached_property
@@ -193,11 +194,11 @@ class StaticStorage(Storage):
         """Whether a layer is the first of the selected ones, and whether it is the last."""
         return index == self._indices[0], index == self._indices[-1]
 
+    @torch.compiler.disable
     def store(self, index: int, layer: SelectedLayer, selection: Selection) -> StaticLayer:
         """As in `Storage`: a new layer in the buffers of this cache."""
         kept, keys, values, stored = selection.kept, selection.keys, selection.values, selection.stored
-        # Slots for the whole budget whatever the prompt's length: one size, one compilation.
-        slots = self._new_tokens + (int(self._budget) if isinstance(self._budget, Integral) else stored)
+        slots = self._new_tokens + (stored if kept is not None else self._slots_of_prompt(stored))
         out = self.buffers.of_layer(index, keys, values, slots)
         if kept is None:
             for part, states in zip(out, (keys, values), strict=True):
@@ -213,10 +214,17 @@ class StaticStorage(Storage):
         self._layers.append(held)
         return held
 
+    def _slots_of_prompt(self, tokens: int) -> int:
+        """Slots for a prompt that is kept whole: as many as for a longer one, so that one compilation serves both."""
+        if not isinstance(self._budget, Integral):
+            return tokens
+        # A budget far above the prompts is not allocated at once.
+        return min(int(self._budget), max(_SLOTS_OF_SHORT_PROMPTS, 1 << (tokens - 1).bit_length()))
+
     def release(self) -> None:
         """Ends the conversation; the buffers wait for the next one."""
         self._layers = []
-        self._has_turns = self._is_reserved = False
+        self._is_reserved = False
 
     def reserve(self, tokens: int) -> None:
         """Makes sure that `tokens` more fit, before any layer writes one.
@@ -224,26 +232,19 @@ class StaticStorage(Storage):
         A compiled step says nothing of itself to Python; the mask sizes, which are asked for before every step, do.
         They may be asked for more than once, so more slots than needed may be reserved; when they seem to run out, the
         device is asked how many are filled.
-
-        Raises:
-            ValueError: there is no room for another token of the first answer; nothing has been changed then.
         """
-        slots = self._layers[0].slots
-        # Several tokens are a later turn.
-        has_turns = self._has_turns or tokens > 1
-        if self.buffers.reserved + tokens > slots:
-            self.buffers.reserved = self._layers[0].stored
-        if self.buffers.reserved + tokens > slots:
-            if not has_turns:
-                raise ValueError(
-                    f"max_new_tokens={self._new_tokens}: all {slots} slots of the cache are filled; build it with a "
-                    "larger number, or without one for storage that grows"
-                )
+        if not self.has_room_for(tokens):
             # Twice as much at least, so that a conversation of many turns is not compiled again in each.
-            self._enlarge(max(self.buffers.reserved + tokens + self._new_tokens, 2 * slots))
-        self.buffers.reserved += tokens
-        self._has_turns = has_turns
+            self._enlarge(max(self.buffers.taken + tokens + self._new_tokens, 2 * self._layers[0].slots))
+        self.buffers.taken += tokens
         self._is_reserved = True
+
+    def has_room_for(self, tokens: int) -> bool:
+        """Whether so many tokens fit; asks the device only if they seem not to."""
+        slots = self._layers[0].slots
+        if self.buffers.taken + tokens > slots:
+            self.buffers.taken = self._layers[0].stored
+        return self.buffers.taken + tokens <= slots
 
     def claim(self, tokens: int) -> None:
         """The pass that slots were reserved for has begun; reserves them if no mask was asked for before it."""
@@ -253,25 +254,24 @@ class StaticStorage(Storage):
 
     def _enlarge(self, slots: int) -> None:
         _logger.warning(
-            "the cache moves to storage of %d slots for a later turn: decoding is compiled again for it", slots
+            "more tokens than max_new_tokens=%d: the cache moves to storage of %d slots, decoding is compiled again",
+            self._new_tokens,
+            slots,
         )
         for layer in self._layers:
             layer.enlarge(slots)
 
 
-def obstacle_to_compiling(decoder: Decoder, layers: int, prefill: str) -> str | None:
+def obstacle_to_compiling(decoder: Decoder, layers: int) -> str | None:
     """Why storage has to grow, and decoding to be eager; None where it can be static and decoding compiled.
 
     Args:
         decoder: of the model that decodes.
         layers: how many layers the cache has.
-        prefill: "single" or "chunked".
     """
     attention = decoder.attention_implementation
     if attention not in _MASKED_ATTENTION:
         return f"attn_implementation={attention!r} would read slots that are not written yet"
-    if prefill == "chunked":
-        return 'with prefill="chunked", generate would compile the chunks too'
     if len(decoder.attention) < layers:
         return f"{layers - len(decoder.attention)} of {layers} layers are not full-attention layers"
     if not decoder.is_on_one_device:
