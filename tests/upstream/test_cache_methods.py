@@ -63,11 +63,10 @@ def initialized_early(cache, model):
 
 
 def recorded(cache, model):
-    cache = emptied(cache, model)
     cache.activate_past_recording()
-    forward(model, cache, models.prompt_ids(ROWS, TOKENS))
+    forward(model, cache, models.prompt_ids(ROWS, 5, seed=1))
     cache.crop(-4)
-    forward(model, cache, models.prompt_ids(ROWS, 3, seed=1))
+    forward(model, cache, models.prompt_ids(ROWS, 3, seed=2))
     cache.crop(-1)
     return contents(cache)
 
@@ -227,6 +226,21 @@ def test_fixed_storage_shows_attention_all_slots_and_may_be_compiled():
     filled(model, cache, models.prompt_ids())
     assert cache.is_compileable
     assert cache.get_mask_sizes(1, 0) == (4 + 10, 40 - 4)
+
+
+def test_candidates_behind_a_prompt_are_known_from_generate_alone():
+    """A loop of one's own prefills the prompt first: of a pass that holds both, nobody says where the prompt ends."""
+    model = model_of("llama")
+    cache = ShiftKVCache(model, budget=4)
+    cache.activate_past_recording()
+    with pytest.raises(ValueError, match="prefill the prompt before it"):
+        forward(model, cache, models.prompt_ids())
+    cache.reset()
+    filled(model, cache, models.prompt_ids())
+    cache.activate_past_recording()
+    forward(model, cache, models.prompt_ids(1, 5))
+    cache.crop(-3)
+    assert cache.layers[0].stored == 4 + 2
 
 
 def test_offloading_cannot_be_asked_for():

@@ -149,21 +149,22 @@ class TestPrefilledBefore:
 
 
 class TestWherePromptsEnd:
-    @pytest.mark.parametrize("storage", STORAGES)
-    def test_a_second_pass_right_after_a_compressed_prompt_is_refused(self, storage):
-        """It may be a second chunk of the prompt, which must not be stored whole in silence."""
-        model, turn = model_of("llama"), models.prompt_ids(1, TURN, seed=5)
-        cache = filled(model, ShiftKVCache(model, budget=BUDGET, **STORAGES[storage]), models.prompt_ids(1, TOKENS))
-        with pytest.raises(ValueError, match=r"end_prompt\(\)"):
-            forward(model, cache, turn)
-        assert cache.get_seq_length() == TOKENS
-        cache.end_prompt()
-        forward(model, cache, turn)
-        assert cache.get_seq_length() == TOKENS + TURN
-        assert cache.layers[0].stored == BUDGET + TURN
+    """A forward pass that no `generate` makes says nothing of itself: the cache's settings tell a turn from a chunk."""
 
     @pytest.mark.parametrize("storage", STORAGES)
-    def test_a_second_pass_after_a_prompt_that_is_stored_whole_is_not(self, storage):
+    def test_a_second_pass_after_a_single_one_is_a_turn(self, storage):
+        model, ids, turn = model_of("llama"), models.prompt_ids(1, TOKENS), models.prompt_ids(1, TURN, seed=5)
+        cache = filled(model, ShiftKVCache(model, budget=BUDGET, **STORAGES[storage]), ids)
+        told = filled(model, ShiftKVCache(model, budget=BUDGET, **STORAGES[storage]), ids)
+        told.end_prompt()
+        found, expected = (forward(model, each, turn).logits for each in (cache, told))
+        assert_same(found, expected)
+        assert cache.get_seq_length() == TOKENS + TURN
+        assert cache.layers[0].stored == BUDGET + TURN
+        assert cache.kept_indices(0).equal(told.kept_indices(0))
+
+    @pytest.mark.parametrize("storage", STORAGES)
+    def test_passes_after_a_prompt_that_is_stored_whole_do_as_with_a_dynamic_cache(self, storage):
         model, ids = model_of("llama"), models.prompt_ids(1, TOKENS)
         cache, plain = covering(model, storage), dynamic(model)
         for part in ids.split([9, 9, 6], dim=1):
