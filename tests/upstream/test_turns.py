@@ -187,16 +187,17 @@ class TestWherePromptsEnd:
 
 
 class TestAssistedTurns:
-    """Assisted decoding feeds all ids that it is given, whatever a cache holds."""
+    """Assisted decoding feeds all ids that it is given, whatever a cache holds: a second turn is refused."""
 
     @pytest.mark.parametrize("storage", STORAGES)
     @pytest.mark.parametrize("first", [{}, {"prompt_lookup_num_tokens": 3}], ids=["greedy", "assisted"])
-    def test_the_whole_conversation_again_is_refused(self, first, storage):
+    @pytest.mark.parametrize("second", [all_ids, new_ids])
+    def test_a_second_turn_is_refused(self, second, first, storage):
         model = model_of("llama")
         cache = ShiftKVCache(model, budget=BUDGET, **STORAGES[storage])
         answer = generate(model, cache, models.prompt_ids(1, TOKENS), **first).sequences
-        turn = all_ids(model, answer, models.prompt_ids(1, TURN, seed=5))
-        with pytest.raises(ValueError, match=r"again|assisted"):
+        turn = second(model, answer, models.prompt_ids(1, TURN, seed=5))
+        with pytest.raises(ValueError, match=r"call reset\(\)"):
             generate(model, cache, turn, prompt_lookup_num_tokens=3)
 
     @pytest.mark.parametrize("storage", STORAGES)
