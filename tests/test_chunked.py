@@ -1,7 +1,5 @@
 """A prompt prefilled in several passes is selected from once, as if it had come in one."""
 
-import warnings
-
 import pytest
 import torch
 from transformers import DynamicCache
@@ -28,18 +26,15 @@ def assert_same_selection(one, other):
         assert one.kept_indices(layer).equal(other.kept_indices(layer)), f"layer {layer}"
 
 
-# A last chunk of one token (39) can be told from the first decoding step only when the length is known.
-@pytest.mark.parametrize(
-    ("chunk", "told"), [*((chunk, told) for chunk in (7, 15, 40, 64) for told in (False, True)), (39, True)]
-)
+# With 39 the last chunk is a single token.
+@pytest.mark.parametrize("chunk", [1, 7, 15, 39, 40, 64])
+@pytest.mark.parametrize("told", [{}, {"prefill": "chunked"}, {"prefill": "chunked", "prompt_length": 40}])
 @pytest.mark.parametrize("settings", [{}, {"stats_window": 9}, {"last_token_layers": 1}])
 def test_chunks_select_what_a_single_pass_selects(chunk, told, settings):
     model, inputs = models.text_model("qwen2"), models.left_padded([40, 23, 5])
     single = ShiftKVCache(model, budget=9, **settings)
     expected = greedy(model, inputs, single)
-    if told:
-        settings = {**settings, "prompt_length": 40}
-    cache = ShiftKVCache(model, budget=9, prefill="chunked", **settings)
+    cache = ShiftKVCache(model, budget=9, **told, **settings)
     found = greedy(model, inputs, cache, prefill_chunk_size=chunk)
     assert_same_selection(cache, single)
     assert found.sequences.equal(expected.sequences)
@@ -48,12 +43,34 @@ def test_chunks_select_what_a_single_pass_selects(chunk, told, settings):
     assert models.hooks_on(model) == 0
 
 
-def test_without_a_length_a_last_chunk_of_one_token_counts_as_the_first_decoding_step():
+def test_chunks_by_hand_end_with_the_length_or_with_a_word():
+    model, ids = models.text_model(), models.prompt_ids()
+    single = ShiftKVCache(model, budget=9)
+    with torch.no_grad():
+        model(ids, past_key_values=single, use_cache=True)
+        for told in ({}, {"prompt_length": 40}):
+            cache = ShiftKVCache(model, budget=9, prefill="chunked", **told)
+            for part in ids.split(14, dim=1):
+                model(part, past_key_values=cache, use_cache=True)
+            cache.end_prompt()
+            assert_same_selection(cache, single)
+            model(models.prompt_ids(1, 20), past_key_values=cache, use_cache=True)  # a turn, not another chunk
+            assert_same_selection(cache, single)
+            assert cache.report().tokens_stored == 9 + 20
+
+
+def test_one_token_after_chunks_of_unknown_length_is_refused():
     model = models.text_model()
     cache = ShiftKVCache(model, budget=9, prefill="chunked")
-    greedy(model, {"input_ids": models.prompt_ids()}, cache, prefill_chunk_size=39)
-    assert cache.kept_indices(0)[..., -1].eq(38).all()
-    assert cache.report().tokens_stored == 9 + 1 + 7
+    with torch.no_grad():
+        model(models.prompt_ids(), past_key_values=cache, use_cache=True)
+        with pytest.raises(ValueError, match=r"its last chunk or the answer's first token.*end_prompt\(\)"):
+            model(models.prompt_ids(1, 1), past_key_values=cache, use_cache=True)
+        assert cache.get_seq_length() == 40
+        cache.end_prompt()
+        model(models.prompt_ids(1, 1), past_key_values=cache, use_cache=True)
+    assert cache.kept_indices(0).shape[-1] == 9
+    assert cache.get_seq_length() == 41
 
 
 @pytest.mark.parametrize("family", ["vicuna", "qwen2_5_vl"])
@@ -128,26 +145,14 @@ def test_padding_on_the_right_is_refused_when_the_prompt_ends():
     assert cache.get_seq_length() == 0
 
 
-def test_a_model_that_is_set_to_prefill_in_chunks_needs_a_chunked_cache():
+def test_a_model_that_is_set_to_prefill_in_chunks():
     model = models.text_model()
+    expected = ShiftKVCache(model, budget=4)
+    greedy(model, {"input_ids": models.prompt_ids()}, expected)
     model.generation_config.prefill_chunk_size = 16
-    with pytest.raises(ValueError, match=r'prefill="single", but .* prefill_chunk_size=16.*prefill="chunked"'):
-        greedy(model, {"input_ids": models.prompt_ids()}, ShiftKVCache(model, budget=4))
-    cache = ShiftKVCache(model, budget=4, prefill="chunked")
+    cache = ShiftKVCache(model, budget=4)
     greedy(model, {"input_ids": models.prompt_ids()}, cache)
-    assert cache.kept_indices(0).shape[-1] == 4
-
-
-def test_chunks_that_look_like_turns_are_warned_of():
-    model, inputs = models.text_model(), {"input_ids": models.prompt_ids()}
-    with pytest.warns(UserWarning, match='a second pass of 16 tokens.*prefill="chunked"'):
-        greedy(model, inputs, ShiftKVCache(model, budget=4), prefill_chunk_size=16)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        greedy(model, inputs, ShiftKVCache(model, budget=4, prefill="chunked"), prefill_chunk_size=16)
-        cache = ShiftKVCache(model, budget=4)
-        greedy(model, inputs, cache)
-        greedy(model, {"input_ids": torch.cat([inputs["input_ids"]] * 3, dim=1)}, cache)
+    assert_same_selection(cache, expected)
 
 
 def test_a_prompt_under_way_cannot_be_cropped():
@@ -155,6 +160,6 @@ def test_a_prompt_under_way_cannot_be_cropped():
     cache = ShiftKVCache(model, budget=4, prefill="chunked")
     with torch.no_grad():
         model(models.prompt_ids(), past_key_values=cache, use_cache=True)
-    with pytest.raises(ValueError, match="only 0 of its last tokens"):
+    with pytest.raises(ValueError, match="the prompt is not complete yet"):
         cache.crop(-1)
     assert cache.get_seq_length() == 40

@@ -164,52 +164,54 @@ class TestLaterTurns:
 
 
 class TestAssistedDecoding:
-    """The first pass holds the prompt and the first candidates: the selection waits until it is known which stay."""
+    """The first pass holds the prompt and the first candidates: the prompt alone is selected from."""
 
     def inputs(self):
         # A text that repeats itself, so that looking up the prompt finds candidates from the first step on.
         return {"input_ids": models.prompt_ids(1, 10).repeat(1, 5)}
 
-    def test_only_accepted_tokens_are_selected_from(self):
+    @pytest.mark.parametrize("candidates", [1, 6, 300])
+    def test_the_prompt_alone_is_selected_from(self, candidates):
         model, inputs = models.text_model(), self.inputs()
-        cache = ShiftKVCache(model, budget=12)
-        sizes = []
-        crop = cache.crop
-
-        def watched(count):
-            sizes.append((cache.layers[0].stored, count))
-            crop(count)
-            sizes.append((cache.layers[0].stored, None))
-
-        cache.crop = watched
-        found = generate(model, inputs, cache, do_sample=False, prompt_lookup_num_tokens=6)
-        assert sizes[0][0] == 56
-        assert sizes[0][1] < 0
-        assert sizes[1][0] == 12
-        assert found.sequences.shape == (1, 60)
-        accepted = 50 + 6 + sizes[0][1]
-        expected = ShiftKVCache(model, budget=12)
-        with torch.no_grad():
-            model(found.sequences[:, :accepted], past_key_values=expected, use_cache=True)
-        for layer in range(3):
-            assert cache.kept_indices(layer).equal(expected.kept_indices(layer))
-
-    def test_long_prompts_are_watched_in_two_parts(self, monkeypatch):
-        monkeypatch.setattr("mmshiftkv.prefill._MOST_CANDIDATES", 8)
-        model = models.text_model()
         cache, expected = ShiftKVCache(model, budget=12), ShiftKVCache(model, budget=12)
-        cache.activate_past_recording()
-        ids = models.prompt_ids(1, 50)
-        with torch.no_grad():
-            model(ids, past_key_values=cache, use_cache=True)
-            model(ids[:, :43], past_key_values=expected, use_cache=True)
-        with pytest.raises(ValueError, match="only 7 of its last tokens can be removed"):
-            cache.crop(-8)
-        assert cache.get_seq_length() == 50
-        cache.crop(-7)
-        assert cache.get_seq_length() == 43
+        found = generate(model, inputs, cache, do_sample=False, prompt_lookup_num_tokens=candidates)
+        greedy = generate(model, inputs, expected, do_sample=False)
+        assert found.sequences.equal(greedy.sequences)
         for layer in range(3):
             assert cache.kept_indices(layer).equal(expected.kept_indices(layer))
+        assert cache.get_seq_length() == expected.get_seq_length()
+
+    @pytest.mark.parametrize("budget", [49, 50, 51, 58])
+    @pytest.mark.parametrize("settings", [{}, {"max_new_tokens": 12}])
+    def test_a_prompt_that_fits_is_kept_whole(self, budget, settings):
+        model, inputs = models.text_model(), self.inputs()
+        cache = ShiftKVCache(model, budget=budget, **settings)
+        found = generate(model, inputs, cache, do_sample=False, prompt_lookup_num_tokens=6)
+        assert cache.layers[0].dropped == max(50 - budget, 0)
+        if budget >= 50:
+            full = generate(model, inputs, DynamicCache(config=model.config), do_sample=False)
+            assert found.sequences.equal(full.sequences)
+
+    def test_another_loop_is_refused(self):
+        model = models.text_model()
+        cache = ShiftKVCache(model, budget=12)
+        cache.activate_past_recording()
+        with pytest.raises(ValueError, match="assisted decoding by another loop"), torch.no_grad():
+            model(models.prompt_ids(1, 50), past_key_values=cache, use_cache=True)
+        assert cache.get_seq_length() == 0
+
+    def test_a_later_turn_is_refused_since_it_would_be_fed_twice(self):
+        model = models.text_model()
+        for make in (lambda: ShiftKVCache(model, budget=12), lambda: ShiftKVCache(model, budget=12, max_new_tokens=40)):
+            cache = make()
+            output = generate(model, self.inputs(), cache, do_sample=False, prompt_lookup_num_tokens=6)
+            seen = int(cache.get_seq_length())
+            turn = {"input_ids": torch.cat([output.sequences, models.prompt_ids(1, 4)], dim=1)}
+            with pytest.raises(ValueError, match="feeds the whole conversation again"):
+                generate(model, turn, cache, do_sample=False, prompt_lookup_num_tokens=6)
+            assert int(cache.get_seq_length()) == seen
+            generate(model, turn, cache, do_sample=False)
+            assert int(cache.get_seq_length()) > seen
 
     def test_recording_ends_with_reset(self):
         model = models.text_model()

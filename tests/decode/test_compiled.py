@@ -127,6 +127,17 @@ class TestOneCompilation:
         assert graphs() == 0  # transformers compiles no beam search
 
 
+class TestChunks:
+    @pytest.mark.parametrize("settings", [{}, {"prefill": "chunked"}, {"prefill": "chunked", "prompt_length": 40}])
+    def test_are_prefilled_eagerly_and_decoded_compiled(self, model, settings):
+        expected = generate(model, models.prompt_ids(), ShiftKVCache(model, budget=9))
+        for chunk in (7, 39, 13):
+            cache = ShiftKVCache(model, budget=9, max_new_tokens=NEW_TOKENS, **settings)
+            assert compiled(model, models.prompt_ids(), cache, prefill_chunk_size=chunk).equal(expected)
+            assert cache.report().tokens_stored == 9 + NEW_TOKENS - 1
+        assert graphs() == 1
+
+
 class TestStorage:
     def test_is_taken_over_by_the_next_cache(self, model, no_garbage_collection):
         cache = prefill(model, ShiftKVCache(model, budget=9, max_new_tokens=5), models.prompt_ids())
@@ -211,18 +222,19 @@ class TestStorage:
 
 class TestOverflow:
     @pytest.mark.parametrize("run", [generate, compiled])
-    def test_is_refused_before_anything_is_written(self, model, run):
+    def test_moves_to_larger_storage(self, model, run, caplog):
         cache = ShiftKVCache(model, budget=9, max_new_tokens=4)
-        with pytest.raises(ValueError, match="max_new_tokens=4: all 13 slots of the cache are filled"):
-            run(model, models.prompt_ids(), cache)
-        assert cache.get_seq_length() == 44
-        report = cache.report()
-        assert (report.tokens_seen, report.tokens_stored) == (44, 13)
-        states = [layer.keys.clone() for layer in cache.layers]
-        with pytest.raises(ValueError, match="are filled"), torch.no_grad():
-            model(models.prompt_ids(1, 1), past_key_values=cache, use_cache=True)
-        assert all(layer.keys.equal(old) for layer, old in zip(cache.layers, states, strict=True))
-        assert cache.get_seq_length() == 44
+        with caplog.at_level(logging.WARNING, logger="mmshiftkv"):
+            found = run(model, models.prompt_ids(), cache)
+        assert found.equal(generate(model, models.prompt_ids(), ShiftKVCache(model, budget=9)))
+        assert [record.message for record in caplog.records] == [
+            "more tokens than max_new_tokens=4: the cache moves to storage of 26 slots, decoding is compiled again"
+        ]
+        assert cache.report().tokens_stored == 9 + NEW_TOKENS - 1
+
+    def test_of_a_budget_far_above_the_prompt_is_not_feared(self, model):
+        cache = prefill(model, ShiftKVCache(model, budget=10**7, max_new_tokens=4), models.prompt_ids())
+        assert [layer.slots for layer in cache.layers] == [4096 + 4] * 3
 
     def test_is_met_with_the_last_slot_and_not_before(self, model):
         for tokens in (40, 5):
@@ -242,11 +254,11 @@ class TestOverflow:
     def test_is_seen_where_no_mask_is_asked_for(self, model):
         cache = prefill(model, ShiftKVCache(model, budget=9, max_new_tokens=2), models.prompt_ids())
         states = torch.zeros(1, 2, 1, 16)
-        for _ in range(2):
+        for _ in range(3):
             for layer in range(3):
                 cache.update(states, states, layer)
-        with pytest.raises(ValueError, match="are filled"):
-            cache.update(states, states, 0)
+        assert [layer.slots for layer in cache.layers] == [22] * 3
+        assert cache.report().tokens_stored == 12
 
 
 class TestLaterTurns:
@@ -345,11 +357,6 @@ class TestChanges:
 
 
 class TestWhatStaysEager:
-    def test_chunks(self, model):
-        with pytest.warns(UserWarning, match='max_new_tokens=4 reserves nothing.*prefill="chunked"'):
-            cache = ShiftKVCache(model, budget=6, max_new_tokens=4, prefill="chunked")
-        assert not cache.is_compileable
-
     def test_layers_of_other_kinds(self):
         model = models.text_model("gemma3_text", layer_types=["sliding_attention", "full_attention", "full_attention"])
         with pytest.warns(UserWarning, match="1 of 3 layers are not full-attention layers"):

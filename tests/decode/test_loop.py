@@ -1,6 +1,7 @@
 """`decode_ahead` gives what `generate` gives, and takes back what it ran too far."""
 
 import gc
+import logging
 
 import pytest
 import torch
@@ -154,13 +155,27 @@ def test_only_the_sequences_unless_more_is_asked_for():
     assert found.shape[1] <= 44
 
 
-def test_an_overflow_is_refused_as_by_generate():
+def test_more_tokens_than_reserved_move_to_larger_storage_as_with_generate(caplog):
     model = models.text_model()
+    options = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False}
+    expected = model.generate(models.prompt_ids(), past_key_values=ShiftKVCache(model, budget=9), **options)
     cache = ShiftKVCache(model, budget=9, max_new_tokens=4)
-    with pytest.raises(ValueError, match="max_new_tokens=4: all 13 slots"):
-        model.generate(
-            models.prompt_ids(), past_key_values=cache, max_new_tokens=9, min_new_tokens=9, custom_generate=decode_ahead
-        )
+    with caplog.at_level(logging.WARNING, logger="mmshiftkv"):
+        found = model.generate(models.prompt_ids(), past_key_values=cache, custom_generate=decode_ahead, **options)
+    assert found.equal(expected)
+    assert [record.message for record in caplog.records] == [
+        "more tokens than max_new_tokens=4: the cache moves to storage of 26 slots, decoding is compiled again"
+    ]
+
+
+def test_a_last_step_that_is_taken_back_moves_nothing(caplog):
+    model = models.text_model()
+    options = {"do_sample": False, "custom_generate": decode_ahead}
+    for end in range(1, 6):
+        cache = ShiftKVCache(model, budget=9, max_new_tokens=4)
+        with caplog.at_level(logging.WARNING, logger="mmshiftkv"):
+            model.generate(models.prompt_ids(), past_key_values=cache, max_new_tokens=end, **options)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ def test_a_baseline_keeps_what_kvpress_keeps(case, prefill):
     with torch.no_grad():
         for chunk in prompt.split(50 if prefill == "chunked" else reference.TOKENS, dim=1):
             model(chunk, past_key_values=cache, use_cache=True)
+        cache.end_prompt()
         model(prompt[:, :1], past_key_values=cache, use_cache=True)
     assert [cache.kept_indices(layer)[0].tolist() for layer in range(3)] == RECORD["kept"][case]
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
+from transformers import DynamicCache
 
 import models
 from mmshiftkv import ShiftKVCache
@@ -53,24 +54,38 @@ def test_image_prompts_in_a_batch_select_the_same_tokens_as_alone(vision_case, f
         assert sum(same) / len(same) > 0.98
 
 
-@pytest.mark.parametrize("budget", [3, 100])
-@pytest.mark.parametrize(
-    ("mask", "words"),
-    [
-        ([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], "row 0 has padding on the right"),
-        ([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1]], "row 1 has padding between tokens"),
-        ([[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], "row 1 has nothing but padding"),
-    ],
-)
+WRONG_MASKS = [
+    ([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], "row 0 has padding on the right"),
+    ([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1]], "row 1 has padding between tokens"),
+    ([[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], "row 1 has nothing but padding"),
+]
+
+
+@pytest.mark.parametrize(("mask", "words"), WRONG_MASKS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_padding_elsewhere_than_on_the_left_is_refused(attention, mask, words, budget):
+def test_padding_elsewhere_than_on_the_left_is_refused(attention, mask, words):
     model = models.text_model(attention=attention)
-    cache = ShiftKVCache(model, budget=budget)
+    cache = ShiftKVCache(model, budget=3)
     inputs = {"input_ids": models.prompt_ids(2, 5), "attention_mask": torch.tensor(mask)}
     with pytest.raises(ValueError, match=f"attention_mask: {words}.*padding_side"), torch.no_grad():
         model(**inputs, past_key_values=cache, use_cache=True)
     assert cache.get_seq_length() == 0
     assert models.hooks_on(model) == 0
+
+
+@pytest.mark.parametrize(("mask", "words"), WRONG_MASKS[:2])
+@pytest.mark.parametrize("reserved", [None, 3])
+def test_any_padding_does_when_the_budget_covers_the_prompt(mask, words, reserved):
+    model = models.text_model()
+    inputs = {"input_ids": models.prompt_ids(2, 5), "attention_mask": torch.tensor(mask)}
+    logits = []
+    for cache in (DynamicCache(config=model.config), ShiftKVCache(model, budget=100, max_new_tokens=reserved)):
+        with torch.no_grad():
+            model(**inputs, past_key_values=cache, use_cache=True)
+            later = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+            step = model(models.prompt_ids(2, 1), attention_mask=later, past_key_values=cache, use_cache=True)
+        logits.append(step.logits)
+    torch.testing.assert_close(*logits, atol=0 if reserved is None else 1e-5, rtol=0 if reserved is None else 1e-5)
 
 
 def test_every_kind_of_mask_says_the_same():

@@ -59,7 +59,9 @@ def _is_generate(frame: FrameType, *names: str) -> bool:
 def _prefilled(values: dict[str, Any]) -> GenerateCall:
     ids, chunks = values["input_ids"], values.get("input_chunks")
     mask = values.get("attention_mask")
-    if values["model_kwargs"].get("inputs_embeds") is not None or (mask is not None and mask.shape[1] != ids.shape[1]):
+    # A mask of other length than the ids says that these are new ones; where it is all ones, its length alone is left.
+    width = values.get("mask_length", ids.shape[1] if mask is None else mask.shape[1])
+    if values["model_kwargs"].get("inputs_embeds") is not None or width != ids.shape[1]:
         ids = None
     if chunks is None:
         return GenerateCall(ids, None, None if ids is None else ids.shape[1])
