@@ -132,7 +132,7 @@ def folder_of(environments: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     """Returns 0 if all tests passed on all versions."""
     description, _, usage = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -141,7 +141,7 @@ def main() -> int:
     parser.add_argument("--oldest", action="store_true", help="the oldest versions only")
     parser.add_argument("--newest", action="store_true", help="the newest versions only")
     parser.add_argument("--environments", type=Path, help="folder whose environments are kept and used again")
-    options, arguments = parser.parse_known_args()
+    options, arguments = parser.parse_known_args(words)
     names = [name for name in ("oldest", "newest") if getattr(options, name)] or ["oldest", "newest"]
     with folder_of(options.environments) as folder:
         results = [run_tests(name, make_environment(name, folder), arguments) for name in names]
