@@ -42,7 +42,7 @@ def percent(task, *measures):
 def test_the_quality_figures_are_those_on_record():
     recorded = quality()
     assert {task["count"] for tasks in recorded.values() for task in tasks} == {140}
-    rows = table(README, "| cache | budget | one field |")
+    rows = table(README, "| cache | budget | lookup |")
     assert {tuple(row[:2]) for row in rows} == {key for key in recorded if key[1] in ("-", "128", "64")}
     for name, budget, *cells in rows:
         assert cells == [percent(task, "exact_match") for task in recorded[name, budget]]

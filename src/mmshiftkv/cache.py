@@ -249,7 +249,7 @@ class PrefillSelectionCache(DynamicCache):
         ids, known = call.ids, self._prompt_ids
         if ids is not None and known is not None and ids.shape[0] == known.shape[0]:
             width = known.shape[1]
-            if not ids[:, :width].equal(known):
+            if not ids[:, :width].equal(known.to(ids.device)):
                 raise ValueError(
                     f"input_ids: they do not begin with the prompt of {width} columns that the cache holds; call "
                     "reset() before another prompt"

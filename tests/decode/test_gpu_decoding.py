@@ -97,15 +97,16 @@ def test_projections_of_one_row_are_merged(options, rows, launches):
     assert found == launches * (NEW_TOKENS - 1)
 
 
-def test_overflow_is_an_exception_and_leaves_the_device_in_order():
+def test_more_tokens_than_reserved_move_to_larger_storage():
     model = models.text_model().to("cuda")
-    cache = ShiftKVCache(model, budget=9, max_new_tokens=4)
-    with pytest.raises(ValueError, match="max_new_tokens=4: all 13 slots"):
-        model.generate(
-            models.prompt_ids().cuda(), past_key_values=cache, max_new_tokens=9, min_new_tokens=9, do_sample=False
-        )
-    torch.cuda.synchronize()
-    assert cache.report().tokens_stored == 13
+    options = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False}
+    ids = models.prompt_ids().cuda()
+    expected = model.generate(ids, past_key_values=ShiftKVCache(model, budget=9), **options)
+    for more in ({}, AHEAD):
+        cache = ShiftKVCache(model, budget=9, max_new_tokens=4)
+        assert model.generate(ids, past_key_values=cache, **options, **more).equal(expected)
+        torch.cuda.synchronize()
+        assert cache.layers[0].slots == 26
 
 
 def test_a_later_turn_and_copies():
