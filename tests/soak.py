@@ -13,6 +13,7 @@ import faulthandler
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 _TESTS = Path(__file__).resolve().parent
@@ -90,9 +91,9 @@ def soak(options: argparse.Namespace) -> Record:
     return record
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the soak; 1 if a case failed."""
-    options = parsed()
+    options = parsed(argv)
     faulthandler.enable()
     if options.case:
         category, _, seed = options.case.rpartition(":")

@@ -104,7 +104,14 @@ class Prefill:
         if tokens == 0:
             raise ValueError("input_ids: the prompt is empty; at least one token is needed")
         self._end = self._end_of_prompt(tokens, call)
+        if call is not None and not call.uses_cache and not self._covers(self._seen + tokens):
+            raise ValueError(
+                "use_cache=False: generate would pass the whole text to the cache at every step; leave it out"
+            )
         self._hooks.attach(cache)
+
+    def _covers(self, columns: int) -> bool:
+        return tokens_to_keep(self._settings.budget, columns) == columns
 
     def _end_of_prompt(self, tokens: int, call: GenerateCall | None) -> int | None:
         """How many columns the prompt has, or None if that is not known before its end."""
@@ -148,7 +155,7 @@ class Prefill:
         ends = end is not None and seen >= end
         later = seen - end if ends and end is not None else 0
         mine = tokens - later
-        is_kept_whole = ends and tokens_to_keep(self._settings.budget, layer.seen + mine) == layer.seen + mine
+        is_kept_whole = ends and self._covers(layer.seen + mine)
         inputs = self._hooks.take(index)
         prompt = attended = keys, values
         if later:

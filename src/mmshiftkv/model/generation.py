@@ -24,11 +24,13 @@ class GenerateCall:
         ids: (B, T) int64, all tokens so far, candidates left out; None if only new ones, or embeddings, were given.
         prompt: columns of the prompt, if the pass is not simply all of it: if it comes in chunks, or with candidates.
         columns: how many columns the cache is meant to have seen after the pass; None if that is not known.
+        uses_cache: whether later passes hold new tokens only; else each holds the whole text once more.
     """
 
     ids: torch.Tensor | None
     prompt: int | None
     columns: int | None
+    uses_cache: bool
 
 
 def generate_call(cache: Any) -> GenerateCall | None:
@@ -63,11 +65,12 @@ def _prefilled(values: dict[str, Any]) -> GenerateCall:
     width = values.get("mask_length", ids.shape[1] if mask is None else mask.shape[1])
     if values["model_kwargs"].get("inputs_embeds") is not None or width != ids.shape[1]:
         ids = None
+    uses_cache = values["model_kwargs"].get("use_cache") is not False
     if chunks is None:
-        return GenerateCall(ids, None, None if ids is None else ids.shape[1])
-    return GenerateCall(ids, sum(chunk.shape[-1] for chunk in chunks), None)
+        return GenerateCall(ids, None, None if ids is None else ids.shape[1], uses_cache)
+    return GenerateCall(ids, sum(chunk.shape[-1] for chunk in chunks), None, uses_cache)
 
 
 def _assisted(values: dict[str, Any]) -> GenerateCall:
     length = values["cur_len"]
-    return GenerateCall(values["input_ids"], length, length + values["candidate_length"])
+    return GenerateCall(values["input_ids"], length, length + values["candidate_length"], True)
