@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 import models
-from mmshiftkv import ShiftKVCache
+from mmshiftkv import CACHE_ARGUMENT, ShiftKVCache
 
 from .bench import Bench, Prompts, TextModel, draw_budget, tokens_kept
 from .case import Case, Draws, Outcome, Planted, PlantedInterrupt, refused
@@ -19,6 +19,9 @@ from .interrupts import planted
 from .rows import RowChange
 
 _MOST_ROWS = 6
+# transformers 5.17 passes the whole conversation again, to every cache; seen to be right in the version that calls the
+# argument "cache".
+_CHUNKS_TURNS = CACHE_ARGUMENT == "cache"
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,8 @@ class Calls:
         # Without chunks of its own `generate` does not say where a chunked prompt ends.
         if draws.is_rare(0.3) or (self.width is None and self._case.prefill == "untold"):
             options["prefill_chunk_size"] = draws.randint(1, 12)
+        if self.width is not None and not _CHUNKS_TURNS:
+            options.pop("prefill_chunk_size", None)
         if self.width is None:
             self.mask, ids = self._prompt["attention_mask"], self._prompt["input_ids"]
         else:
