@@ -194,10 +194,8 @@ def _compare_beams(found: Any, expected: Any, *, exact: bool, tolerance: float) 
     return Outcome.TIED
 
 
-def compare_kept(
-    found: Mapping[int, torch.Tensor | None], expected: Mapping[int, torch.Tensor | None], *, share: float = 0.9
-) -> Outcome:
-    """The same columns, but for scores that nearly tie: at least this share of them in all layers together."""
+def compare_kept(found: Mapping[int, torch.Tensor | None], expected: Mapping[int, torch.Tensor | None]) -> Outcome:
+    """The same columns, but for scores that nearly tie: two columns at most, or one of 500, in all layers together."""
     same = total = 0
     for index, theirs in expected.items():
         mine = found[index]
@@ -207,7 +205,7 @@ def compare_kept(
         assert mine.shape == theirs.shape, f"layer {index}: keeps {tuple(mine.shape)}, not {tuple(theirs.shape)}"
         same += (mine[..., None] == theirs[..., None, :]).any(-1).sum().item()
         total += mine.numel()
-    assert same >= share * total - 1, f"only {same} of {total} kept columns are those expected"
+    assert total - same <= max(2, total // 500), f"only {same} of {total} kept columns are those expected"
     return Outcome.PASSED if same == total else Outcome.TIED
 
 
