@@ -264,6 +264,6 @@ class PrefillSelectionCache(DynamicCache):
         if call.columns is not None and seen + tokens != call.columns:
             raise ValueError(
                 f"generate passes {tokens} tokens to a cache that has seen {seen} of {call.columns}: transformers "
-                "feeds the whole conversation again, with every cache, in a later turn of assisted decoding, in one with "
+                "feeds the whole conversation again, with every cache, in a later turn of assisted decoding or with "
                 "prefill_chunk_size (5.17), and where input_ids have nothing new; leave these out, or call reset()"
             )
