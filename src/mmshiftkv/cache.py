@@ -263,7 +263,7 @@ class PrefillSelectionCache(DynamicCache):
         seen = int(self.get_seq_length())
         if call.columns is not None and seen + tokens != call.columns:
             raise ValueError(
-                f"generate passes {tokens} tokens to a cache that has seen {seen} of {call.columns}: transformers "
+                f"generate passes {tokens} tokens after {seen}, where {call.columns} are to be seen: transformers "
                 "feeds the whole conversation again, with every cache, in a later turn of assisted decoding or with "
                 "prefill_chunk_size (5.17), and where input_ids have nothing new; leave these out, or call reset()"
             )

@@ -128,7 +128,7 @@ def test_input_without_anything_new_is_refused(model):
     cache = ShiftKVCache(model, budget=4)
     with torch.no_grad():
         model(models.prompt_ids(), **{CACHE_ARGUMENT: cache}, use_cache=True)
-    with pytest.raises(ValueError, match=r"passes 40 tokens to a cache that has seen 40 of 40.*nothing new"):
+    with pytest.raises(ValueError, match=r"passes 40 tokens after 40, where 40 are to be seen.*nothing new"):
         model.generate(models.prompt_ids(), **{CACHE_ARGUMENT: cache}, **OPTIONS)
     assert cache.get_seq_length() == 40
 
