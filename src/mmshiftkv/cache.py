@@ -211,6 +211,8 @@ class PrefillSelectionCache(DynamicCache):
             self.reset()
             return
         super().crop(tokens_to_remove)
+        if self._prompt_ids is not None:
+            self._prompt_ids = self._prompt_ids[:, : self.layers[self._selected[0]].prompt_columns]
 
     def activate_past_recording(self) -> None:
         """Assisted decoding begins: the next pass holds the prompt and candidates, and storage grows."""
@@ -229,18 +231,22 @@ class PrefillSelectionCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Takes the batch rows `beam_idx`, in that order."""
-        self.end_prompt()
+        self._before_rows_change()
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each batch row `repeats` times."""
-        self.end_prompt()
+        self._before_rows_change()
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Takes the batch rows `indices`: numbers or a boolean mask."""
-        self.end_prompt()
+        self._before_rows_change()
         super().batch_select_indices(indices)
+
+    def _before_rows_change(self) -> None:
+        self.end_prompt()
+        self._prompt_ids = None
 
     def _check_turn(self, tokens: int, call: GenerateCall | None) -> None:
         """Raises ValueError if what `generate` passes behind the prompt is not what comes next."""
@@ -257,7 +263,7 @@ class PrefillSelectionCache(DynamicCache):
         seen = int(self.get_seq_length())
         if call.columns is not None and seen + tokens != call.columns:
             raise ValueError(
-                f"generate passes {tokens} tokens to a cache that has seen {seen} of {call.columns}: with every cache, "
-                "transformers feeds the whole conversation again in a later turn of assisted decoding, and where "
-                "input_ids have nothing new; decode the turn without assistance, or call reset()"
+                f"generate passes {tokens} tokens after {seen}, where {call.columns} are to be seen: transformers "
+                "feeds the whole conversation again, with every cache, in a later turn of assisted decoding or with "
+                "prefill_chunk_size (5.17), and where input_ids have nothing new; leave these out, or call reset()"
             )

@@ -93,6 +93,20 @@ def test_caches_in_several_threads(model):
     assert models.hooks_on(model) == 0
 
 
+def test_a_call_without_keywords_is_not_the_caches(model):
+    """torch may leave them out while another thread takes a hook off: the output then stands in their place."""
+    cache, held = ShiftKVCache(model, budget=4), []
+    cache.get_mask_sizes(40, 0)
+    block = model.model.layers[0]
+    held += [*block._forward_hooks.values(), *block.self_attn._forward_pre_hooks.values()]
+    assert len(held) == 2
+    for hook in held:
+        assert hook(block, (), torch.zeros(1, 1, 4)) is None
+    assert models.hooks_on(model) > 0
+    run(model, cache)
+    assert cache.get_seq_length() == 40
+
+
 @pytest.mark.parametrize("where", ["self_attn", "mlp", "post_attention_layernorm"])
 def test_an_exception_in_a_layer_leaves_neither_hooks_nor_half_a_prompt(model, where):
     cache = ShiftKVCache(model, budget=4)

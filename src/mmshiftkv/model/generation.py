@@ -33,6 +33,7 @@ class GenerateCall:
     uses_cache: bool
 
 
+@torch.compiler.disable
 def generate_call(cache: Any) -> GenerateCall | None:
     """The call of `generate` that is prefilling this cache, or verifying candidates with it; None if there is none."""
     frame: FrameType | None = sys._getframe(1)
@@ -45,6 +46,7 @@ def generate_call(cache: Any) -> GenerateCall | None:
     return None
 
 
+@torch.compiler.disable
 def is_compiling_prefill() -> bool:
     """Whether `generate` is just asking whether to compile the chunks of a prefill, or passes with candidates."""
     frame: FrameType | None = sys._getframe(1)
@@ -68,9 +70,16 @@ def _prefilled(values: dict[str, Any]) -> GenerateCall:
     uses_cache = values["model_kwargs"].get("use_cache") is not False
     if chunks is None:
         return GenerateCall(ids, None, None if ids is None else ids.shape[1], uses_cache)
-    return GenerateCall(ids, sum(chunk.shape[-1] for chunk in chunks), None, uses_cache)
+    lengths = [chunk.shape[-1] for chunk in chunks]
+    place = next(place for place, chunk in enumerate(chunks) if chunk is values["input_chunk"])
+    columns = None if ids is None else ids.shape[1] - sum(lengths[place + 1 :])
+    return GenerateCall(ids, sum(lengths), columns, uses_cache)
 
 
-def _assisted(values: dict[str, Any]) -> GenerateCall:
-    length = values["cur_len"]
-    return GenerateCall(values["input_ids"], length, length + values["candidate_length"], True)
+def _assisted(values: dict[str, Any]) -> GenerateCall | None:
+    if not values["is_first_iteration"]:
+        return None
+    ids, length = values["input_ids"], values["cur_len"]
+    mask = values["model_kwargs"].get("attention_mask")
+    width = getattr(values["generation_config"], "_mask_length", length) if mask is None else mask.shape[1]
+    return GenerateCall(ids if width == length else None, length, length + values["candidate_length"], True)

@@ -145,12 +145,16 @@ class _Hook:
         self._after = block.register_forward_hook(self.after_block, with_kwargs=True, always_call=True)
         handles.append(self._after)
 
-    def _is_mine(self, kwargs: dict[str, Any] | None) -> bool:
-        cache = self._cache()
-        return kwargs is not None and cache is not None and any(kwargs.get(name) is cache for name in CACHE_ARGUMENTS)
-
     # In another thread's forward pass torch may have just taken the mark off that says "with kwargs": then they are
-    # missing, and the call is not this cache's.
+    # missing, the output may stand in their place, and the call is not this cache's.
+    def _is_mine(self, kwargs: Any) -> bool:
+        cache = self._cache()
+        return (
+            isinstance(kwargs, dict)
+            and cache is not None
+            and any(kwargs.get(name) is cache for name in CACHE_ARGUMENTS)
+        )
+
     def before_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         hooks = self._hooks()
         if hooks is None or not self._is_mine(kwargs):
@@ -163,9 +167,9 @@ class _Hook:
         cos, sin = kwargs["position_embeddings"]
         hooks.record(self._index, LayerInput(hidden_states, cos, sin, kwargs.get("attention_mask")))
 
-    def _give_up(self, hooks: PrefillHooks | None, kwargs: dict[str, Any] | None) -> None:
+    def _give_up(self, hooks: PrefillHooks | None, kwargs: Any) -> None:
         """Takes all hooks off if their pass runs without its cache: gradient checkpointing drops it."""
-        is_without = kwargs is not None and all(kwargs.get(name) is None for name in CACHE_ARGUMENTS)
+        is_without = isinstance(kwargs, dict) and all(kwargs.get(name) is None for name in CACHE_ARGUMENTS)
         if hooks is not None and is_without and hooks._thread == threading.get_ident():
             hooks.detach()
 

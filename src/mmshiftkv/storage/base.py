@@ -81,6 +81,11 @@ class SelectedLayer(DynamicLayer, ABC):
         return self.seen - self.stored
 
     @property
+    def prompt_columns(self) -> int:
+        """Columns of the prompt, dropped ones included."""
+        return self.prompt_stored + self.dropped
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of one token's keys and values, in all rows and KV heads."""
         return sum(part[:, :, :1].nbytes for part in self.allocated) if self.allocated else 0
