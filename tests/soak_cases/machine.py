@@ -207,15 +207,7 @@ class Calls:
             more = models.prompt_ids(self._rows, draws.randint(1, 5), seed=draws.randrange(1000))
             ids = torch.cat([self.ids, more.to(self.ids.device)], dim=1)
         inputs = {"input_ids": ids, "attention_mask": self._whole_mask(ids.shape[1])}
-        try:
-            found = generate(self._model, inputs, self.cache, **options)
-        except ValueError as error:
-            # transformers 5.17 feeds the whole conversation again in a turn that comes in chunks.
-            is_turn_in_chunks = self.width is not None and "prefill_chunk_size" in options
-            if not is_turn_in_chunks or "feeds the whole conversation again" not in str(error):
-                raise
-            self.refusals += 1
-            return
+        found = generate(self._model, inputs, self.cache, **options)
         self.ids = found.sequences[:, :-1]
         if self.width is None:
             self._ended(ids.shape[1])
