@@ -16,6 +16,7 @@ from shiftkv_kernels.fused import (
     gather,
     group_mass,
     keep_best,
+    log_sums,
     project_token,
     rotation,
     samples,
@@ -64,7 +65,7 @@ def group_mass_cases(capability: int) -> dict[str, Any]:
         if not padded:
             constants["p_valid"] = None
         names = ("BLOCK_Q", "BLOCK_T"), ("BLOCK_T", "BLOCK_Q")
-        kernels = group_mass._log_sum_kernel, group_mass._group_mass_kernel
+        kernels = log_sums._log_sum_kernel, group_mass._group_mass_kernel
         more: tuple[dict[str, Any], dict[str, Any]] = ({}, {"GROUP_SIZE": 16, "SPAN": 16, "EVEN": not padded})
         for kernel, choice, (kept, streamed), extra in zip(kernels, passes, names, more, strict=True):
             compiled[f"{kernel.__name__} {dtype} {head_dim}"] = compile_kernel(
@@ -76,7 +77,7 @@ def group_mass_cases(capability: int) -> dict[str, Any]:
                 num_stages=choice.stages,
                 maxnreg=choice.registers,
             )
-    combine = group_mass._combine_kernel
+    combine = log_sums._combine_kernel
     compiled[combine.__name__] = compile_kernel(combine, {"PARTS": 9, "BLOCK": 256}, "fp32", capability)
     return compiled
 
