@@ -1,0 +1,23 @@
+"""The plain torch meaning of every operation; also the path taken where there is no Triton.
+
+Symbols: B batch, H query heads, H_kv key/value heads, T prompt tokens, D head dim, N proxies, G groups.
+Sums and softmax are float32 whatever the inputs are.
+"""
+
+from .attention import group_mass, vote
+from .decoding import project_token
+from .proxies import draw_samples, gaussian_noise, prompt_statistics, rotate_queries, token_statistics
+from .storing import gather, keep_best
+
+__all__ = [
+    "draw_samples",
+    "gather",
+    "gaussian_noise",
+    "group_mass",
+    "keep_best",
+    "project_token",
+    "prompt_statistics",
+    "rotate_queries",
+    "token_statistics",
+    "vote",
+]

@@ -1,0 +1,63 @@
+"""Which tokens are kept, and what is stored of them (method, step 6)."""
+
+import torch
+
+
+def keep_best(scores: torch.Tensor, count: int, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """The last token and the `count - 1` others with the highest scores (method, step 6).
+
+    Of tokens with equal scores the earlier one is kept.  Padding is kept only where a row has fewer valid tokens than
+    `count`, and then the padding nearest to them, so that the kept columns line up with the end of a padding mask.
+
+    Args:
+        scores: (B, H_kv, T) float32, not negative.
+        count: tokens to keep, from 1 to T.
+        valid: (B, T) bool, left-padded; None when there is no padding.
+
+    Returns:
+        (B, H_kv, count) int64, ascending.
+    """
+    tokens = scores.shape[-1]
+    if valid is not None:
+        nearness = torch.arange(tokens, device=scores.device, dtype=scores.dtype) - tokens
+        scores = torch.where(valid[:, None, :], scores, nearness)
+    order = scores[..., :-1].sort(dim=-1, descending=True, stable=True).indices
+    kept = order[..., : count - 1].sort(dim=-1).values
+    return torch.nn.functional.pad(kept, (0, 1), value=tokens - 1)
+
+
+def gather(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kept keys and values, in storage of their own.
+
+    Args:
+        keys: (B, H_kv, T, D).
+        values: (B, H_kv, T, D_v).
+        indices: (B, H_kv, C) int64.
+        out: keys (B, H_kv, S, D) and values (B, H_kv, S, D_v) to write to, S >= C, contiguous, of the inputs' dtype
+            and device, sharing no memory with them.  The slots from C on are set to 0, whatever they held: attention
+            gives empty slots no weight, but no weight times NaN is NaN.  None: new storage of C slots.
+
+    Returns:
+        `out`, or new keys (B, H_kv, C, D) and values (B, H_kv, C, D_v), contiguous, of the inputs' dtype.
+    """
+    kept_keys, kept_values = _gather_rows(keys, indices), _gather_rows(values, indices)
+    if out is None:
+        return kept_keys, kept_values
+    return _store(kept_keys, out[0]), _store(kept_values, out[1])
+
+
+def _gather_rows(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    return states.gather(2, indices.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1]))
+
+
+def _store(kept: torch.Tensor, storage: torch.Tensor) -> torch.Tensor:
+    count = kept.shape[2]
+    storage[:, :, :count] = kept
+    storage[:, :, count:] = 0
+    return storage
