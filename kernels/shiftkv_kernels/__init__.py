@@ -4,23 +4,29 @@ Every operation is stated in `reference` in plain torch; on a GPU the kernels in
 """
 
 from .ops import (
+    attend,
     draw_samples,
     gather,
     group_mass,
     keep_best,
     project_token,
+    refit_values,
     rotate_queries,
     token_statistics,
+    value_scores,
     vote,
 )
 
 __all__ = [
+    "attend",
     "draw_samples",
     "gather",
     "group_mass",
     "keep_best",
     "project_token",
+    "refit_values",
     "rotate_queries",
     "token_statistics",
+    "value_scores",
     "vote",
 ]

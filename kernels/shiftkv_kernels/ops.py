@@ -7,6 +7,7 @@ What an operation computes is written at its namesake in `reference`.  Each take
 and raises ValueError for tensors that do not fit together, values out of range, and a backend that cannot run.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,9 +53,13 @@ def draw_samples(
     dtype: torch.dtype,
     valid: torch.Tensor | None = None,
     window: int | None = None,
+    last: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Samples (B, N, d) with the mean of a prompt, of its (B, T) token statistics, and `gamma` times its deviation."""
+    """Samples (B, N, d) with the mean of a prompt, of its (B, T) token statistics, and `gamma` times its deviation.
+
+    With `last`, (B, 1, d), this state follows them.
+    """
     check_shape("means", means, "(B, T)", (None, None))
     check_shape("squares", squares, "(B, T)", means.shape)
     check_dtype("means", means, torch.float32)
@@ -66,6 +71,10 @@ def draw_samples(
     for name, value in (("seed", seed), ("stream", stream)):
         if not 0 <= value <= _LARGEST_SEED:
             raise ValueError(f"{name}={value!r} must be from 0 to {_LARGEST_SEED}")
+    if last is not None:
+        check_shape("last", last, "(B, 1, d)", (means.shape[0], 1, features))
+        check_dtype("last", last, dtype)
+        check_device("last", last, "means", means)
     arguments: dict[str, Any] = {
         "count": count,
         "features": features,
@@ -75,6 +84,7 @@ def draw_samples(
         "dtype": dtype,
         "valid": valid,
         "window": window,
+        "last": last,
     }
     if takes_triton(backend, means.device):
         from .fused.samples import draw_samples as fused
@@ -122,16 +132,8 @@ def group_mass(
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention mass of each group, (B, H_kv, G, T), and of the last query, (B, H_kv, T), on every token."""
-    batch, heads, proxies, head_dim = _check_queries(proxy_queries, last_query)
-    check_shape("keys", keys, "(B, H_kv, T, D)", (batch, None, None, head_dim))
-    check_dtype("keys", keys, proxy_queries.dtype)
-    check_device("keys", keys, "proxy_queries", proxy_queries)
-    kv_heads, tokens = keys.shape[1:3]
-    check_valid(valid, "keys", keys, batch, tokens)
-    if tokens == 0:
-        raise ValueError("keys has no tokens, must have at least 1")
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"keys has {kv_heads} heads, must have a divisor of the {heads} heads of proxy_queries")
+    proxies = _check_queries(proxy_queries, last_query)[2]
+    _check_prompt(proxy_queries, keys, None, valid)
     if num_groups < 1 or proxies == 0 or proxies % num_groups:
         raise ValueError(f"num_groups={num_groups!r} must be a divisor of the {proxies} proxies in proxy_queries")
     check_positive("scaling", scaling)
@@ -140,6 +142,85 @@ def group_mass(
 
         return fused(proxy_queries, last_query, keys, num_groups=num_groups, scaling=scaling, valid=valid)
     return reference.group_mass(proxy_queries, last_query, keys, num_groups=num_groups, scaling=scaling, valid=valid)
+
+
+def value_scores(
+    proxy_queries: torch.Tensor,
+    last_query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    scaling: float,
+    last_weight: float = 1.0,
+    valid: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """What each token gives to the output of proxies (B, H, N, D) and last query (B, H, 1, D): (B, H_kv, T)."""
+    if _check_queries(proxy_queries, last_query)[2] == 0:
+        raise ValueError("proxy_queries has no proxies, must have at least 1")
+    _check_prompt(proxy_queries, keys, values, valid)
+    check_positive("scaling", scaling)
+    if not 0 <= last_weight < math.inf:
+        raise ValueError(f"last_weight={last_weight!r} must be at least 0, and finite")
+    arguments: dict[str, Any] = {"scaling": scaling, "last_weight": last_weight, "valid": valid}
+    if takes_triton(backend, keys.device, unless=_no_product(keys, values)):
+        from .fused.value_scores import value_scores as fused
+
+        return fused(proxy_queries, last_query, keys, values, **arguments)
+    return reference.value_scores(proxy_queries, last_query, keys, values, **arguments)
+
+
+def attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    scaling: float,
+    valid: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """What queries (B, H, n, D) behind a prompt get from it: (B, H, n, D_v) float32."""
+    check_shape("queries", queries, "(B, H, n, D)", (None, None, None, None))
+    _check_prompt(queries, keys, values, valid, "queries")
+    check_positive("scaling", scaling)
+    if takes_triton(backend, keys.device, unless=_no_product(keys, values)):
+        from .fused.attend import attend as fused
+
+        return fused(queries, keys, values, scaling=scaling, valid=valid)
+    return reference.attend(queries, keys, values, scaling=scaling, valid=valid)
+
+
+def refit_values(
+    queries: torch.Tensor,
+    outputs: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    kept: torch.Tensor,
+    *,
+    scaling: float,
+    ridge: float,
+    steps: int,
+    valid: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Values (B, H_kv, C, D_v) of the tokens `kept` with which these give queries what the whole prompt gave them."""
+    check_shape("queries", queries, "(B, H, n, D)", (None, None, None, None))
+    _check_prompt(queries, keys, values, valid, "queries")
+    check_shape("outputs", outputs, "(B, H, n, D_v)", (*queries.shape[:3], values.shape[3]))
+    check_dtype("outputs", outputs, torch.float32)
+    check_device("outputs", outputs, "queries", queries)
+    check_shape("kept", kept, "(B, H_kv, C)", (*keys.shape[:2], None))
+    check_dtype("kept", kept, torch.int64)
+    check_device("kept", kept, "keys", keys)
+    check_positive("scaling", scaling)
+    check_positive("ridge", ridge)
+    check_positive("steps", steps)
+    arguments: dict[str, Any] = {"scaling": scaling, "ridge": ridge, "steps": steps, "valid": valid}
+    if takes_triton(backend, keys.device, unless=_no_product(keys, values)):
+        from .fused.refit_values import refit_values as fused
+
+        return fused(queries, outputs, keys, values, kept, **arguments)
+    return reference.refit_values(queries, outputs, keys, values, kept, **arguments)
 
 
 def vote(mass: torch.Tensor, threshold: float, *, backend: str = "auto") -> torch.Tensor:
@@ -248,12 +329,37 @@ def _check_queries(proxy_queries: torch.Tensor, last_query: torch.Tensor) -> tor
     return proxy_queries.shape
 
 
-def _no_product(keys: torch.Tensor) -> str | None:
-    """Why the kernels cannot multiply these keys, if they cannot."""
+def _check_prompt(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    name: str = "proxy_queries",
+) -> None:
+    """Raises ValueError unless the prompt's keys, values and padding fit together and to the queries `name`."""
+    batch, heads, _, head_dim = queries.shape
+    check_shape("keys", keys, "(B, H_kv, T, D)", (batch, None, None, head_dim))
+    check_dtype("keys", keys, queries.dtype)
+    check_device("keys", keys, name, queries)
+    kv_heads, tokens = keys.shape[1:3]
+    if values is not None:
+        check_shape("values", values, "(B, H_kv, T, D_v)", (*keys.shape[:3], None))
+        check_dtype("values", values, keys.dtype)
+        check_device("values", values, "keys", keys)
+    check_valid(valid, "keys", keys, batch, tokens)
+    if tokens == 0:
+        raise ValueError("keys has no tokens, must have at least 1")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"keys has {kv_heads} heads, must have a divisor of the {heads} heads of {name}")
+
+
+def _no_product(keys: torch.Tensor, values: torch.Tensor | None = None) -> str | None:
+    """Why the kernels cannot multiply these keys and values, if they cannot."""
     if reason := _no_product_of(keys.dtype):
         return reason
-    if keys.shape[-1] > _LARGEST_HEAD_DIM:
-        return f"a head dim of {keys.shape[-1]} is more than {_LARGEST_HEAD_DIM}"
+    largest = keys.shape[-1] if values is None else max(keys.shape[-1], values.shape[-1])
+    if largest > _LARGEST_HEAD_DIM:
+        return f"a head dim of {largest} is more than {_LARGEST_HEAD_DIM}"
     if keys.dtype == torch.bfloat16 and is_interpreted():
         return "Triton's interpreter cannot multiply bfloat16"
     return None

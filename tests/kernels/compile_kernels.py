@@ -13,26 +13,29 @@ from triton.compiler import ASTSource
 
 from shiftkv_kernels.device import Gpu
 from shiftkv_kernels.fused import (
+    attend,
     gather,
     group_mass,
     keep_best,
     log_sums,
     project_token,
+    refit_values,
     rotation,
     samples,
     search,
     tiles,
     token_statistics,
+    value_scores,
     vote,
 )
 
-FLOATS = {"scale", "threshold", "remainder", "gamma"}
+FLOATS = {"scale", "threshold", "remainder", "gamma", "per_row", "last_weight", "ridge"}
 POINTERS = {"p_valid": "*u8", "p_cuts": "*i32", "p_kept": "*i64", "p_indices": "*i64"}
 INPUTS = {"p_proxies", "p_last", "p_keys", "p_values", "p_kept_keys", "p_kept_values", "p_states", "p_samples"}
 INPUTS |= {f"p_{part}_{index}" for part in ("weight", "bias", "out") for index in range(3)} | {"p_state"}
-INPUTS |= {"p_queries", "p_cos", "p_sin", "p_rotated", "p_rotated_last"}
+INPUTS |= {"p_refitted"} | {"p_queries", "p_cos", "p_sin", "p_rotated", "p_rotated_last"}
 UNIT_STRIDES = {"stride_kd", "stride_vd"}
-UNSPECIALIZED = {"T", "C", "S", "tiles_per_part", "chunks_per_program", "seed", "stream", "first"}
+UNSPECIALIZED = {"T", "C", "S", "tiles_per_part", "chunks_per_program", "steps_per_program", "seed", "stream", "first"}
 
 
 def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, capability: int, **options: Any) -> Any:
@@ -77,8 +80,52 @@ def group_mass_cases(capability: int) -> dict[str, Any]:
                 num_stages=choice.stages,
                 maxnreg=choice.registers,
             )
+        value_kernel = value_scores._moments_kernel
+        even = {**constants, "EVEN": not padded, "BLOCK_T": passes[1].kept, "BLOCK_Q": passes[1].streamed}
+        compiled[f"{value_kernel.__name__} {dtype} {head_dim}"] = compile_kernel(
+            value_kernel,
+            even,
+            dtype,
+            capability,
+            num_warps=passes[1].warps,
+            num_stages=passes[1].stages,
+            maxnreg=passes[1].registers,
+        )
     combine = log_sums._combine_kernel
     compiled[combine.__name__] = compile_kernel(combine, {"PARTS": 9, "BLOCK": 256}, "fp32", capability)
+    return compiled
+
+
+def value_cases(capability: int) -> dict[str, Any]:
+    """The kernels that count values, at some dtypes and head dims; values may have another head dim than keys."""
+    gpu = Gpu(multiprocessors=132, has_warpgroup_products=capability == 90)
+    compiled = {}
+    for dtype, head_dim, value_dim in (("bf16", 128, 128), ("fp16", 40, 24), ("bf16", 256, 256), ("fp32", 80, 80)):
+        blocks = [max(triton.next_power_of_2(size), 16) for size in (head_dim, value_dim)]
+        shape = {"R": 7, "D": head_dim, "D_V": value_dim, "BLOCK_D": blocks[0], "BLOCK_D_V": blocks[1]}
+        exact = {"EXACT": dtype == "fp32"}
+        choice = tiles.choose_attend_tiles(max(blocks), 4 if dtype == "fp32" else 2, gpu)
+        sizes = {"BLOCK_Q": choice.kept, "BLOCK_T": choice.streamed}
+        wide = max(blocks) > 128
+        values = {"D_V": value_dim, "BLOCK_D_V": blocks[1], "SHARES": 4, "BLOCK_T": value_scores._TOKENS_AT_ONCE}
+        cases: tuple[tuple[Any, dict[str, Any], dict[str, int]], ...] = (
+            (attend._attend_kernel, shape | exact | sizes, {"num_warps": choice.warps, "num_stages": choice.stages}),
+            (
+                refit_values._missing_kernel,
+                shape | exact | {"BLOCK_Q": 64, "BLOCK_C": 32 if wide else 64},
+                {"num_warps": 8 if wide else 4, "num_stages": 1},
+            ),
+            (value_scores._mean_output_kernel, values, {}),
+            (value_scores._scores_kernel, values | {"PARTS": 9, "BLOCK_PARTS": 16}, {}),
+            (refit_values._solve_kernel, {"D_V": value_dim, "BLOCK_C": 64, "BLOCK_D": 16}, {}),
+        )
+        for kernel, constants, options in cases:
+            name = f"{kernel.__name__} {dtype} {head_dim}"
+            compiled[name] = compile_kernel(kernel, constants, dtype, capability, **options)
+    products, combine = refit_values._products_kernel, attend._combine_kernel
+    compiled[products.__name__] = compile_kernel(products, {"D_V": 128, "BLOCK_R": 64, "BLOCK": 32}, "fp32", capability)
+    sizes = {"D_V": 128, "BLOCK_D_V": 128, "PARTS": 9, "BLOCK": 16}
+    compiled[f"{combine.__name__} of outputs"] = compile_kernel(combine, sizes, "fp32", capability)
     return compiled
 
 
@@ -119,7 +166,7 @@ def projection_cases(capability: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     target = int(sys.argv[1])
-    kernels = group_mass_cases(target) | other_cases(target) | projection_cases(target)
+    kernels = group_mass_cases(target) | value_cases(target) | other_cases(target) | projection_cases(target)
     report = {
         name: {"shared": kernel.metadata.shared, "wgmma": "wgmma.mma_async" in kernel.asm["ptx"]}
         for name, kernel in kernels.items()

@@ -4,16 +4,18 @@ import torch
 import triton
 import triton.language as tl
 
+from .finite import finite
+
 _SLOTS_PER_PROGRAM = 16
 
 
 @triton.jit
 def _copy_rows(p_from, p_to, token, slot, C, S, stride_t, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Copies the row of each token to its slot, and zeros to the slots from C on."""
+    """Copies the row of each token to its slot, and zeros to the slots from C on; what is not finite becomes 0."""
     d = tl.cast(tl.arange(0, BLOCK_D), tl.int64)[None, :]
     token, slot = token[:, None], slot[:, None]
     rows = tl.load(p_from + token * stride_t + d * stride_d, mask=(slot < C) & (d < D), other=0)
-    tl.store(p_to + slot * D + d, rows, mask=(slot < S) & (d < D))
+    tl.store(p_to + slot * D + d, finite(rows), mask=(slot < S) & (d < D))
 
 
 @triton.jit(do_not_specialize=["C", "S"])

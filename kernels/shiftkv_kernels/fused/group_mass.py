@@ -9,26 +9,20 @@ import triton
 import triton.language as tl
 
 from ..device import gpu_of
-from .log_sums import Problem, launch_options, log_sums, problem_of
+from .log_sums import LEAST_COLUMNS, Problem, last_weights, launch_options, log_sums, problem_of
 from .products import tile_products
 from .tiles import Tiles, choose_tiles, split
 
-# The fewest columns that a tile product can have, and that a group is given in a tile.
-_LEAST_COLUMNS = tl.constexpr(16)
+# The fewest columns that a group is given in a tile.
 _LEAST_SPAN = 8
 
 
 @triton.jit
 def _mean_last_mass(b_k, p_k, m_t, stride_kd, p_last, p_shifts, scale, stride_lh, R: tl.constexpr, D: tl.constexpr):
     """Mean weight that a KV head's last queries put on each of a tile of tokens."""
-    h = tl.arange(0, _LEAST_COLUMNS)
     total = tl.zeros([p_k.shape[0]], tl.float32)
-    for first in tl.static_range(0, R, _LEAST_COLUMNS):
-        m_h = first + h < R
-        p_q = p_last + tl.cast(first + h, tl.int64)[None, :] * stride_lh
-        logits = tile_products(b_k, p_k, m_t, stride_kd, p_q, m_h, 1, D)
-        shifts = tl.load(p_shifts + first + h, mask=m_h, other=float("-inf"))
-        total += tl.sum(tl.exp2(tl.fma(logits, scale, shifts[None, :])), 1)
+    for first in tl.static_range(0, R, LEAST_COLUMNS):
+        total += tl.sum(last_weights(b_k, p_k, m_t, stride_kd, p_last, p_shifts, first, scale, stride_lh, R, D), 1)
     return total * (1.0 / R)
 
 
@@ -134,7 +128,9 @@ def _group_mass_kernel(
             g = chunk * GROUPS + tl.arange(0, GROUPS)
             mass = tl.fma(tl.sum(sums, 2), 1.0 / (R * (GROUP_SIZE + 1)), last_mass[:, None])
             p_out = p_mass + (tl.cast(pair, tl.int64) * G + g)[None, :] * T + t[:, None]
-            tl.store(p_out, tl.where(m_counted[:, None], mass, 0.0), mask=m_t[:, None] & (g < G)[None, :])
+            # A key that is not finite gets no mass, and makes none: see `log_sums`.
+            is_mass = m_counted[:, None] & (mass >= 0.0)
+            tl.store(p_out, tl.where(is_mass, mass, 0.0), mask=m_t[:, None] & (g < G)[None, :])
             sums = tl.zeros([BLOCK_T, GROUPS, 4], tl.float32)
 
 

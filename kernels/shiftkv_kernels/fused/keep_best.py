@@ -29,7 +29,7 @@ def _keep_best_kernel(
     if p_valid is not None:
         p_valid += row // H_KV * stride_vb
     ranks, weights = load_ranks(p_row, p_valid, 0, T, BLOCK, True)
-    # Ranks of finite scores, behind those of padding, are less than this.
+    # Ranks of finite scores, behind those of padding, are at most this.
     low, high = tl.cast(-1, tl.int32), 0x7F800000 + T
     target = tl.cast(C - 1, tl.float32)
     rank, index = find_cut(ranks, weights, p_row, p_valid, T, target, low, high, BLOCK, True, RESIDENT)

@@ -14,13 +14,18 @@ from .products import tile_products
 from .tiles import Tiles, split
 
 # Stands for the largest of no logits at all; finite, so that differences with it are numbers.
-_LOWEST = tl.constexpr(-1.0e38)
+LOWEST = tl.constexpr(-1.0e38)
+# What is larger, or no number, comes of keys or queries that are not finite.
+LARGEST_LOGIT = tl.constexpr(1.0e37)
 _COMBINED_ROWS = 256
+# The fewest columns that a tile product can have.
+LEAST_COLUMNS = tl.constexpr(16)
 
 
 @triton.jit
 def _accumulate(logits, scale, largest, total):
-    """One step of a running log-sum-exp over the columns of (rows, columns) logits."""
+    """One step of a running log-sum-exp over the columns of (rows, columns) logits; what is not finite counts not."""
+    logits = tl.where(tl.abs(logits) < LARGEST_LOGIT, logits, float("-inf"))
     larger = tl.maximum(largest, tl.max(logits, 1) * scale)
     weights = tl.exp2(tl.fma(logits, scale, -larger[:, None]))
     return larger, total * tl.exp2(largest - larger) + tl.sum(weights, 1)
@@ -85,7 +90,7 @@ def _log_sum_kernel(
     begin = part * tiles_per_part * BLOCK_T
     end = tl.minimum(begin + tiles_per_part * BLOCK_T, T)
     whole = begin + (end - begin) // BLOCK_T * BLOCK_T
-    largest = tl.full([BLOCK_Q], _LOWEST, tl.float32)
+    largest = tl.full([BLOCK_Q], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     for start in range(begin, whole, BLOCK_T):
         p_tile = p_k + tl.cast(start, tl.int64) * stride_kt
@@ -110,11 +115,23 @@ def _log_sum_kernel(
 
 
 @triton.jit
+def last_weights(b_k, p_k, m_t, stride_kd, p_last, p_shifts, first, scale, stride_lh, R: tl.constexpr, D: tl.constexpr):
+    """Weights (tokens, LEAST_COLUMNS) of a KV head's last queries, from `first` on; 0 for one that has no log-sum."""
+    h = first + tl.arange(0, LEAST_COLUMNS)
+    m_h = h < R
+    p_q = p_last + tl.cast(h, tl.int64)[None, :] * stride_lh
+    logits = tile_products(b_k, p_k, m_t, stride_kd, p_q, m_h, 1, D)
+    shifts = tl.load(p_shifts + h, mask=m_h, other=float("-inf"))
+    weights = tl.exp2(tl.fma(logits, scale, shifts[None, :]))
+    return tl.where(shifts[None, :] < -LOWEST, weights, 0.0)
+
+
+@triton.jit
 def _combine_kernel(p_parts, p_shifts, rows, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """The shifts over all tokens, from those over parts of them."""
     row = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_row = row < rows
-    smallest = tl.full([BLOCK], -_LOWEST, tl.float32)
+    smallest = tl.full([BLOCK], -LOWEST, tl.float32)
     for part in tl.static_range(PARTS):
         smallest = tl.minimum(smallest, tl.load(p_parts + part * rows + row, mask=m_row, other=0.0))
     total = tl.zeros([BLOCK], tl.float32)

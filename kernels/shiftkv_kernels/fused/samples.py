@@ -12,11 +12,12 @@ _COUNTERS_AT_ONCE = 512
 
 @triton.jit
 def _prompt_statistics(p_means, p_squares, p_valid, first, T, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Mean and deviation of all features of the tokens from `first` on.
+    """Mean and deviation of all features of the tokens from `first` on; those that are not finite are left out.
 
     One pass: deviations of the tokens' means are taken from the last one's, which is as good as any of them.
     """
     origin = tl.load(p_means + T - 1)
+    origin = tl.where(tl.abs(origin) < float("inf"), origin, 0.0)
     counts = tl.zeros([BLOCK], tl.float32)
     sums = tl.zeros([BLOCK], tl.float32)
     between = tl.zeros([BLOCK], tl.float32)
@@ -26,8 +27,11 @@ def _prompt_statistics(p_means, p_squares, p_valid, first, T, D: tl.constexpr, B
         is_counted = t < T
         if p_valid is not None:
             is_counted &= tl.load(p_valid + t, mask=is_counted, other=0) != 0
-        deviation = tl.load(p_means + t, mask=is_counted, other=origin) - origin
-        within += tl.load(p_squares + t, mask=is_counted, other=0.0)
+        mean = tl.load(p_means + t, mask=is_counted, other=origin)
+        square = tl.load(p_squares + t, mask=is_counted, other=0.0)
+        is_counted &= (tl.abs(mean) < float("inf")) & (square < float("inf"))
+        deviation = tl.where(is_counted, mean - origin, 0.0)
+        within += tl.where(is_counted, square, 0.0)
         counts += tl.where(is_counted, 1.0, 0.0)
         sums += deviation
         between += deviation * deviation
@@ -57,6 +61,7 @@ def _samples_kernel(
     p_means,
     p_squares,
     p_valid,
+    p_last,
     p_samples,
     seed,
     stream,
@@ -64,13 +69,15 @@ def _samples_kernel(
     first,
     T,
     SIZE,
+    stride_lb,
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Every so-many-th block of the samples of one row of the batch.
 
-    The four values that one counter of the generator gives go to the four quarters of the samples.
+    The four values that one counter of the generator gives go to the four quarters of the samples.  The first program
+    copies the state that follows them.
     """
     batch = tl.cast(tl.program_id(1), tl.int64)
     if p_valid is not None:
@@ -78,6 +85,13 @@ def _samples_kernel(
     mean, deviation = _prompt_statistics(p_means + batch * T, p_squares + batch * T, p_valid, first, T, D, BLOCK_T)
     deviation *= gamma
     p_samples += batch * SIZE
+    if p_last is not None:
+        p_samples += batch * D
+        if tl.program_id(0) == 0:
+            for start in range(0, D, BLOCK):
+                d = start + tl.arange(0, BLOCK)
+                state = tl.load(p_last + batch * stride_lb + d, mask=d < D, other=0.0)
+                tl.store(p_samples + SIZE + d, state, mask=d < D)
     key = (tl.cast(tl.cast(seed, tl.uint32, bitcast=True), tl.uint64) << 32) | tl.cast(
         tl.cast(stream, tl.uint32, bitcast=True), tl.uint64
     )
@@ -106,11 +120,14 @@ def draw_samples(
     dtype: torch.dtype,
     valid: torch.Tensor | None = None,
     window: int | None = None,
+    last: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `reference.draw_samples`, on a GPU."""
     batch, tokens = means.shape
     means, squares = means.contiguous(), squares.contiguous()
-    samples = means.new_empty((batch, count, features), dtype=dtype)
+    if last is not None and last.stride(-1) != 1:
+        last = last.contiguous()
+    samples = means.new_empty((batch, count + (last is not None), features), dtype=dtype)
     size = count * features
     # Each program finds the statistics anew, so that no launch is needed for them: one program per multiprocessor.
     programs = min(triton.cdiv(triton.cdiv(size, 4), _COUNTERS_AT_ONCE), gpu_of(means.device).multiprocessors)
@@ -119,6 +136,7 @@ def draw_samples(
             means,
             squares,
             None if valid is None else valid.contiguous().view(torch.uint8),
+            last,
             samples,
             _as_int32(seed),
             _as_int32(stream),
@@ -126,6 +144,7 @@ def draw_samples(
             0 if window is None else max(tokens - window, 0),
             tokens,
             size,
+            0 if last is None else last.stride(0),
             D=features,
             BLOCK_T=_TOKENS_AT_ONCE,
             BLOCK=_COUNTERS_AT_ONCE,

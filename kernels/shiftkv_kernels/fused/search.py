@@ -24,12 +24,14 @@ def row_options(tokens: int) -> dict[str, int | bool]:
 def load_ranks(p_row, p_valid, start, T, BLOCK: tl.constexpr, COUNT: tl.constexpr):
     """Ranks of BLOCK entries from `start` on, and what each weighs: its value, or 1 if they are to be counted.
 
-    Where they are counted, the last entry is left out (rank -1), and padding ranks below all else, in its own order.
+    Where they are counted, the last entry is left out (rank -1), padding ranks below all else, in its own order, and
+    entries that are not finite rank below the others.
     """
     t = start + tl.arange(0, BLOCK)
     if COUNT:
         m_t = t < T - 1
-        ranks = tl.cast(tl.load(p_row + t, mask=m_t, other=0.0) + 0.0, tl.int32, bitcast=True)
+        entries = tl.load(p_row + t, mask=m_t, other=0.0) + 0.0
+        ranks = tl.where(entries < float("inf"), tl.cast(entries, tl.int32, bitcast=True) + 1, 0)
         if p_valid is not None:
             is_valid = tl.load(p_valid + t, mask=m_t, other=0) != 0
             ranks = tl.where(is_valid, ranks + T, t)

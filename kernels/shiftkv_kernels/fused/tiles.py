@@ -36,6 +36,18 @@ def choose_tiles(head_dim: int, element_size: int, gpu: Gpu) -> tuple[Tiles, Til
 
 
 @functools.lru_cache
+def choose_attend_tiles(head_dim: int, element_size: int, gpu: Gpu) -> Tiles:
+    """The tiles of `attend`: queries stay, tokens pass by."""
+    if element_size == 4:
+        return Tiles(kept=32, streamed=32, warps=4, stages=1)
+    if not gpu.has_warpgroup_products:
+        return Tiles(kept=64, streamed=32, warps=4, stages=2)
+    if head_dim > 128:
+        return Tiles(kept=64, streamed=64, warps=8, stages=2)
+    return Tiles(kept=128, streamed=64, warps=8, stages=3)
+
+
+@functools.lru_cache
 def split(programs: int, steps: int, multiprocessors: int) -> tuple[int, int]:
     """Into how many parts to split the `steps` of each program, and steps per part.
 

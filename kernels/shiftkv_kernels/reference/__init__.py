@@ -8,8 +8,10 @@ from .attention import group_mass, vote
 from .decoding import project_token
 from .proxies import draw_samples, gaussian_noise, prompt_statistics, rotate_queries, token_statistics
 from .storing import gather, keep_best
+from .values import attend, refit_values, value_scores
 
 __all__ = [
+    "attend",
     "draw_samples",
     "gather",
     "gaussian_noise",
@@ -17,7 +19,9 @@ __all__ = [
     "keep_best",
     "project_token",
     "prompt_statistics",
+    "refit_values",
     "rotate_queries",
     "token_statistics",
+    "value_scores",
     "vote",
 ]

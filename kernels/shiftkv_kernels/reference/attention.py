@@ -1,4 +1,6 @@
-"""What proxies attend to, and the scores that come of it (method, steps 4 to 6)."""
+"""What queries attend to, and the votes that come of it (method, steps 4 and 5)."""
+
+from typing import NamedTuple
 
 import torch
 
@@ -28,27 +30,61 @@ def group_mass(
     Returns:
         The mass of each group, averaged with that of the last query, (B, H_kv, G, T), and the mass of the last query,
         (B, H_kv, T); both float32 and averaged over the query heads of a KV head.  The last column is 0: that token
-        is kept anyway.
+        is kept anyway.  Of a token whose key is not finite the first is 0 and the second NaN.
     """
     proxies_per_group = proxy_queries.shape[2] // num_groups
-    columns = keys.float().transpose(-1, -2) * scaling
-    last_mass = _summed_attention(last_query, columns, valid)
-    groups = [_summed_attention(group, columns, valid) for group in proxy_queries.split(proxies_per_group, dim=2)]
+    columns = columns_of(keys, scaling, valid)
+    last_mass = attention_of(last_query, columns).mean(dim=2).sum(dim=2)
+    groups = [
+        attention_of(group, columns).mean(dim=2).sum(dim=2) for group in proxy_queries.split(proxies_per_group, dim=2)
+    ]
     mass = (torch.stack(groups, dim=2) + last_mass.unsqueeze(2)) / (1 + proxies_per_group)
     mass[..., -1] = 0
+    last_mass = last_mass.masked_fill(~keys.isfinite().all(dim=-1), torch.nan)
+    if valid is not None:
+        last_mass = last_mass.masked_fill(~valid[:, None], 0)
     last_mass[..., -1] = 0
     return mass, last_mass
 
 
-def _summed_attention(queries: torch.Tensor, columns: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """Softmax rows of (B, H, n, D) queries summed over n and averaged over each GQA group: (B, H_kv, T)."""
-    batch, heads, count, head_dim = queries.shape
-    kv_heads = columns.shape[1]
-    rows = queries.float().reshape(batch, kv_heads, (heads // kv_heads) * count, head_dim)
-    logits = rows @ columns
+class Columns(NamedTuple):
+    """What queries attend to.
+
+    Attributes:
+        keys: (B, H_kv, D, T) float32, scaled; numbers that are not finite are 0.
+        attended: (B, H_kv, 1, T) bool, False for padding and for keys that are not finite.
+    """
+
+    keys: torch.Tensor
+    attended: torch.Tensor
+
+
+def columns_of(keys: torch.Tensor, scaling: float, valid: torch.Tensor | None) -> Columns:
+    """Keys (B, H_kv, T, D) to be attended to; `valid` is None, or bool (B, T) or (B, H_kv, T)."""
+    attended = attended_tokens(keys, valid).unsqueeze(2)
+    return Columns(finite(keys.float()).transpose(-1, -2) * scaling, attended)
+
+
+def attended_tokens(keys: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """(B, H_kv, T) bool: tokens that are no padding, and whose key is finite."""
+    attended = keys.isfinite().all(dim=-1)
     if valid is not None:
-        logits = logits.masked_fill(~valid[:, None, None, :], -torch.inf)
-    return logits.softmax(dim=-1).sum(dim=-2) * (kv_heads / heads)
+        attended = attended & (valid[:, None] if valid.ndim == 2 else valid)
+    return attended
+
+
+def finite(states: torch.Tensor) -> torch.Tensor:
+    """The same, but 0 for numbers that are not finite."""
+    return states.where(states.isfinite(), 0)
+
+
+def attention_of(queries: torch.Tensor, columns: Columns) -> torch.Tensor:
+    """Softmax rows of (B, H, n, D) queries, (B, H_kv, r, n, T) float32; 0 for a query that is not finite."""
+    rows = queries.float().unflatten(1, (columns.keys.shape[1], -1))
+    logits = (rows.flatten(2, 3) @ columns.keys).masked_fill(~columns.attended, -torch.inf)
+    # A softmax of nothing is NaN.
+    has_sum = rows.isfinite().all(dim=-1).flatten(2, 3).unsqueeze(-1) & columns.attended.any(dim=-1, keepdim=True)
+    return logits.softmax(dim=-1).where(has_sum, 0).unflatten(2, rows.shape[2:4])
 
 
 def vote(mass: torch.Tensor, threshold: float) -> torch.Tensor:

@@ -45,11 +45,15 @@ def prompt_statistics(
         window: only the last so many tokens count.  None: all.
 
     Returns:
-        Mean and deviation, each (B,) float32.
+        Mean and deviation, each (B,) float32.  Tokens with statistics that are not finite are left out.
     """
     if window is not None:
         means, squares = means[:, -window:], squares[:, -window:]
-    weights = torch.ones_like(means) if valid is None else valid[:, -means.shape[1] :].to(means.dtype)
+    is_counted = means.isfinite() & squares.isfinite()
+    if valid is not None:
+        is_counted = is_counted & valid[:, -means.shape[1] :]
+    weights = is_counted.to(means.dtype)
+    means, squares = means.where(is_counted, 0), squares.where(is_counted, 0)
     count = weights.sum(dim=1)
     mean = (means * weights).sum(dim=1) / count
     between = features * (means - mean[:, None]).square()
@@ -104,6 +108,7 @@ def draw_samples(
     dtype: torch.dtype,
     valid: torch.Tensor | None = None,
     window: int | None = None,
+    last: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Samples with the prompt's mean and `gamma` times its deviation (method, steps 1 and 2).
 
@@ -118,13 +123,15 @@ def draw_samples(
         dtype: of the samples.
         valid: (B, T) bool, left-padded: padding is left out of the statistics.  None: there is none.
         window: only the last so many tokens count for the statistics.  None: all.
+        last: (B, 1, d), a state that follows the samples, of the dtype `dtype`.  None: none does.
 
     Returns:
-        (B, N, d).
+        (B, N, d), or (B, N + 1, d) with `last`.
     """
     mean, deviation = prompt_statistics(means, squares, features, valid=valid, window=window)
     noise = gaussian_noise(count, features, seed=seed, stream=stream, device=means.device)
-    return torch.addcmul(mean[:, None, None], (gamma * deviation)[:, None, None], noise).to(dtype)
+    samples = torch.addcmul(mean[:, None, None], (gamma * deviation)[:, None, None], noise).to(dtype)
+    return samples if last is None else torch.cat([samples, last], dim=1)
 
 
 def rotate_queries(

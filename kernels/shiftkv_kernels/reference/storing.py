@@ -2,12 +2,15 @@
 
 import torch
 
+from .attention import finite
+
 
 def keep_best(scores: torch.Tensor, count: int, valid: torch.Tensor | None = None) -> torch.Tensor:
     """The last token and the `count - 1` others with the highest scores (method, step 6).
 
-    Of tokens with equal scores the earlier one is kept.  Padding is kept only where a row has fewer valid tokens than
-    `count`, and then the padding nearest to them, so that the kept columns line up with the end of a padding mask.
+    Of tokens with equal scores the earlier one is kept; scores that are not finite come last.  Padding is kept only
+    where a row has fewer valid tokens than `count`, and then the padding nearest to them, so that the kept columns line
+    up with the end of a padding mask.
 
     Args:
         scores: (B, H_kv, T) float32, not negative.
@@ -18,7 +21,9 @@ def keep_best(scores: torch.Tensor, count: int, valid: torch.Tensor | None = Non
         (B, H_kv, count) int64, ascending.
     """
     tokens = scores.shape[-1]
+    scores = scores.where(scores.isfinite(), -0.5)
     if valid is not None:
+        # From -T to -1, below all scores.
         nearness = torch.arange(tokens, device=scores.device, dtype=scores.dtype) - tokens
         scores = torch.where(valid[:, None, :], scores, nearness)
     order = scores[..., :-1].sort(dim=-1, descending=True, stable=True).indices
@@ -44,16 +49,18 @@ def gather(
             gives empty slots no weight, but no weight times NaN is NaN.  None: new storage of C slots.
 
     Returns:
-        `out`, or new keys (B, H_kv, C, D) and values (B, H_kv, C, D_v), contiguous, of the inputs' dtype.
+        `out`, or new keys (B, H_kv, C, D) and values (B, H_kv, C, D_v), contiguous, of the inputs' dtype.  Numbers that
+        are not finite become 0.
     """
-    kept_keys, kept_values = _gather_rows(keys, indices), _gather_rows(values, indices)
+    kept_keys, kept_values = gather_rows(keys, indices), gather_rows(values, indices)
     if out is None:
         return kept_keys, kept_values
     return _store(kept_keys, out[0]), _store(kept_values, out[1])
 
 
-def _gather_rows(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    return states.gather(2, indices.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1]))
+def gather_rows(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """The tokens `indices`, (B, H_kv, C), of states (B, H_kv, T, D); numbers that are not finite become 0."""
+    return finite(states.gather(2, indices.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1])))
 
 
 def _store(kept: torch.Tensor, storage: torch.Tensor) -> torch.Tensor:

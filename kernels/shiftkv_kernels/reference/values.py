@@ -1,0 +1,142 @@
+"""The score that counts values, and the values refitted to the kept tokens (method, "Counting values")."""
+
+import torch
+
+from .attention import Columns, attended_tokens, attention_of, columns_of, finite
+from .storing import gather_rows
+
+_QUERIES_AT_ONCE = 16  # bounds the attention, (B, H, so many, T) float32
+
+# A token on which all mass lies leaves this much to the others, so that its weight stays finite.
+LARGEST_MEAN = 1 - 1e-3
+
+
+def value_scores(
+    proxy_queries: torch.Tensor,
+    last_query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    scaling: float,
+    last_weight: float = 1.0,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What each token gives to the output of the proxies and of the last query (method, value-aware steps 5 and 6).
+
+    Args:
+        proxy_queries: (B, H, N, D), rotated.
+        last_query: (B, H, 1, D), the rotated query of the last prompt token.
+        keys, values: (B, H_kv, T, D) and (B, H_kv, T, D_v), keys rotated; H is a multiple of H_kv.
+        scaling: factor on the logits.
+        last_weight: factor on what a token gives to the last query.
+        valid: (B, T) bool, False for padding; None when there is none.
+
+    Returns:
+        (B, H_kv, T) float32, 0 for padding, NaN for tokens whose key or value is not finite.
+    """
+    columns = columns_of(keys, scaling, valid)
+    mean, square = _moments(proxy_queries, columns)
+    output = mean.unsqueeze(2) @ finite(values.float())
+    distance = torch.linalg.vector_norm(values.float() - output, dim=-1)
+    shares = _per_remaining(mean, square) + last_weight * _per_remaining(*_moments(last_query, columns))
+    usable = keys.isfinite().all(dim=-1) & values.isfinite().all(dim=-1)
+    scores = (shares * distance).masked_fill(~usable, torch.nan)
+    return scores if valid is None else scores.masked_fill(~valid[:, None], 0)
+
+
+def _moments(queries: torch.Tensor, columns: Columns) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and mean square of the mass that (B, H, n, D) queries put on each token, over queries and query heads."""
+    count = queries.shape[1] // columns.keys.shape[1] * queries.shape[2]
+    sums = [
+        (mass.sum(dim=(2, 3)), mass.square().sum(dim=(2, 3)))
+        for mass in (attention_of(block, columns) for block in queries.split(_QUERIES_AT_ONCE, dim=2))
+    ]
+    mean, square = (sum(part) / count for part in zip(*sums, strict=True))
+    return mean, square
+
+
+def _per_remaining(mean: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+    """Root mean square of the mass, over the mean mass of all other tokens, which takes its place."""
+    return square.sqrt() / (1 - mean.clamp(max=LARGEST_MEAN))
+
+
+def attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    scaling: float,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What queries behind a prompt get from it: nothing is causally masked (method, value-aware step 8).
+
+    Args:
+        queries: (B, H, n, D), rotated.
+        keys, values: (B, H_kv, T, D) and (B, H_kv, T, D_v), keys rotated; H is a multiple of H_kv.
+        scaling: factor on the logits.
+        valid: (B, T) bool, False for padding; None when there is none.
+
+    Returns:
+        (B, H, n, D_v) float32.  Tokens whose key is not finite are left out, as are numbers in values.
+    """
+    columns = columns_of(keys, scaling, valid)
+    given = finite(values.float()).unsqueeze(2)
+    outputs = [attention_of(block, columns) @ given for block in queries.split(_QUERIES_AT_ONCE, dim=2)]
+    return torch.cat(outputs, dim=3).flatten(1, 2)
+
+
+def refit_values(
+    queries: torch.Tensor,
+    outputs: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    kept: torch.Tensor,
+    *,
+    scaling: float,
+    ridge: float,
+    steps: int,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Values with which the kept tokens give queries what the whole prompt gave them (method, value-aware step 8).
+
+    Ridge regression of the missing output on the attention to the kept tokens, by conjugate gradients from the values
+    as they are: each step lowers the squared error plus penalty, so that the error is never more than without.
+
+    Args:
+        queries: (B, H, n, D), rotated.
+        outputs: (B, H, n, D_v) float32, as `attend` gives them for these queries.
+        keys, values: (B, H_kv, T, D) and (B, H_kv, T, D_v), of the whole prompt.
+        kept: (B, H_kv, C) int64, ascending.
+        scaling: factor on the logits.
+        ridge: penalty on changes, in units of the mean squared column of the attention, > 0.
+        steps: of the conjugate gradients.
+        valid: (B, T) bool, False for padding; None when there is none.
+
+    Returns:
+        (B, H_kv, C, D_v) of the dtype of the values.
+    """
+    kept_keys, kept_values = (gather_rows(part, kept) for part in (keys, values))
+    columns = columns_of(kept_keys, scaling, attended_tokens(keys, valid).gather(2, kept))
+    attention = attention_of(queries, columns).flatten(2, 3)
+    missing = outputs.float().unflatten(1, (kept.shape[1], -1)).flatten(2, 3) - attention @ kept_values.float()
+    gram = attention.transpose(-1, -2) @ attention
+    penalty = ridge * gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
+    change = _conjugate_gradients(gram, penalty, attention.transpose(-1, -2) @ missing, steps)
+    return (kept_values.float() + change).to(values.dtype)
+
+
+def _conjugate_gradients(gram: torch.Tensor, penalty: torch.Tensor, right: torch.Tensor, steps: int) -> torch.Tensor:
+    """Steps towards the solution x of (gram + penalty) x = right from x = 0, each column by itself."""
+    solution, residual, direction = torch.zeros_like(right), right, right
+    size = residual.square().sum(dim=-2, keepdim=True)
+    for _ in range(steps):
+        product = gram @ direction + penalty * direction
+        curvature = (direction * product).sum(dim=-2, keepdim=True)
+        # Where nothing is left, or nothing is there, nothing changes.
+        length = torch.where(curvature > 0, size / curvature, 0)
+        solution = solution + length * direction
+        residual = residual - length * product
+        smaller = residual.square().sum(dim=-2, keepdim=True)
+        direction = residual + torch.where(size > 0, smaller / size, 0) * direction
+        size = smaller
+    return solution
