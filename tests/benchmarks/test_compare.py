@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 import sys
@@ -10,10 +11,11 @@ from PIL import Image
 from transformers import DynamicCache
 
 from benchmarks.quality import compare
-from benchmarks.quality.comparison import Result, Setup, read, recall_table, result_record, table
+from benchmarks.quality.comparison import COMPARED, USUAL, Result, Setup, read, recall_table, result_record, table
 from benchmarks.quality.comparison_picture import STYLES, draw_plot
+from benchmarks.quality.peers import PEERS
 from benchmarks.quality.scoring import summarize
-from mmshiftkv import METHODS, ShiftKVCache
+from mmshiftkv import ShiftKVCache
 
 SMALL = ["--count", "2", "--batch-size", "2", "--device", "cpu"]
 RESULTS = Path(compare.__file__).parents[1] / "results"
@@ -126,9 +128,9 @@ def test_a_setup_makes_a_new_cache_for_each_call(tiny):
     assert first is not second
 
 
-def test_all_methods_are_measured_budget_by_budget(capsys):
-    scores, recalls = tables(capsys, "--tasks", "lookup", "--budgets", "60", "10")
+def test_methods_are_measured_budget_by_budget(capsys):
     methods = ["random", "streaming_llm", "expected_attention", "snapkv", "keydiff", "shiftkv"]
+    scores, recalls = tables(capsys, "--tasks", "lookup", "--budgets", "60", "10", "--methods", *methods)
     names = [["full", "-"], *([method, budget] for budget in ("60", "10") for method in methods)]
     assert [row[:2] for row in scores[1:]] == [row[:2] for row in recalls[1:]] == names
     assert recalls[0] == ["cache", "budget", "lookup", *(f"layer {layer}" for layer in range(6))]
@@ -137,6 +139,38 @@ def test_all_methods_are_measured_budget_by_budget(capsys):
     by_method = {(method, budget): float(recall) for method, budget, recall, *_ in recalls[1:]}
     assert all(0 < by_method[method, "10"] < by_method[method, "60"] < 100 for method in methods)
     assert by_method["shiftkv", "60"] > by_method["random", "60"] + 10
+
+
+def test_peers_are_measured_like_methods(tmp_path, capsys):
+    names = [*PEERS, "small-budget"]
+    file = tmp_path / "scores.json"
+    scores, recalls = tables(capsys, "--tasks", "lookup", "--budgets", "20", "--methods", *names, "--json", str(file))
+    assert [row[:2] for row in scores[1:]] == [["full", "-"], *([name, "20"] for name in names)]
+    by_name = {name: float(share) for name, _, share, *_ in recalls[1:]}
+    assert max(names, key=by_name.get) == "full_attention"
+    recorded = json.loads(file.read_text(encoding="utf-8"))
+    settings = {row["method"]: row["method_settings"] for row in recorded["results"]}
+    assert settings["criticalkv"] == settings["dropkv"] == settings["snapkv_values"] == {"window": 5}
+    assert settings["small-budget"] == {"preset": "small-budget"}
+    assert settings["kvzip"] == settings["full_attention"] == settings["last_query_values"] == {}
+    assert [result_record(result)["tasks"] for result in read(recorded)] == [
+        row["tasks"] for row in recorded["results"]
+    ]
+
+
+def test_methods_are_the_usual_ones_unless_named():
+    assert compare.parse_arguments([]).methods == USUAL
+    assert USUAL == [
+        "random",
+        "streaming_llm",
+        "expected_attention",
+        "snapkv",
+        "keydiff",
+        "shiftkv",
+        "value-aware",
+    ]
+    assert compare.parse_arguments(["--methods", "snapkv", "all"]).methods == list(COMPARED)
+    assert compare.parse_arguments(["--methods", "kvzip", "dropkv", "kvzip"]).methods == ["kvzip", "dropkv"]
 
 
 def test_snapkv_has_at_most_a_quarter_of_the_budget_for_its_window():
@@ -188,7 +222,7 @@ def test_the_picture_has_the_names_of_the_readme():
 
 
 def test_methods_with_the_same_score_are_all_seen():
-    assert set(STYLES) == set(METHODS) - {"full"}
+    assert set(STYLES) == set(COMPARED)
     whole_page = draw_plot(read(COMMITTED)).axes[3]
     marked = [line for line in whole_page.lines if line.get_linestyle() == "None"]
     assert len({line.get_marker() for line in marked}) == len({line.get_color() for line in marked}) == 6
@@ -198,6 +232,28 @@ def test_methods_with_the_same_score_are_all_seen():
     for line in marked:
         for x, budget in zip(line.get_xdata(), (16, 32, 64, 128), strict=True):
             assert x == pytest.approx(budget, rel=0.15)
+
+
+@pytest.mark.parametrize("tasks", [["lookup"], ["lookup", "multi", "line", "all"]])
+def test_all_methods_together_are_told_apart(tasks):
+    wrong = dict.fromkeys(tasks, summarize([("a", "b")]))
+    results = [Result(Setup(), wrong)]
+    results += [Result(Setup(name, budget), wrong) for budget in (32, 16) for name in COMPARED]
+    figure = draw_plot(results)
+    panel = figure.axes[0]
+    marked = [line for line in panel.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
+    assert len(marked) == len(COMPARED)
+    assert len({line.get_marker() for line in marked}) == len({line.get_color() for line in marked}) == len(marked)
+    figure.draw_without_rendering()
+    places = sorted(panel.transData.transform(point)[0] for line in marked for point in line.get_xydata())
+    gaps = [72 / figure.dpi * (right - left) for left, right in itertools.pairwise(places)]
+    assert min(gaps) > 3  # points; a marker is 5 to 9 wide
+    legend = figure.legends[0] if figure.legends else figure.axes[-1].get_legend()
+    assert len(legend.get_texts()) == len(COMPARED) + 1
+    box = legend.get_window_extent()
+    assert all(not box.overlaps(one.get_window_extent()) for one in figure.axes[: len(tasks)])
+    assert figure.bbox.x0 <= box.x0
+    assert box.x1 <= figure.bbox.x1
 
 
 def test_what_is_read_is_what_was_written(written):

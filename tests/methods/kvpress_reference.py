@@ -21,6 +21,8 @@ import models
 
 RECORD = Path(__file__).parent / "data" / "kvpress_reference.json"
 TOKENS, BUDGET = 120, 40
+# kvpress keeps int(tokens * (1 - ratio)) of them.
+RATIO = 1 - (BUDGET + 0.5) / TOKENS
 # Scores this close, relatively, may change places on another machine.
 LEAST_GAP = 1e-5
 
@@ -90,23 +92,23 @@ def prefilled(model: PreTrainedModel) -> list[dict[str, Any]]:
 
 
 def kept_by_kvpress(layers: list[dict[str, Any]], press: str, settings: dict[str, Any]) -> list[list[list[int]]]:
-    """The tokens with the best scores of a press and the last one, by layer and KV head.
+    """The tokens with the best scores of a press and the last one, by layer and KV head."""
+    import kvpress
+
+    scorer = getattr(kvpress, press)(compression_ratio=RATIO, **settings)
+    with torch.no_grad():
+        return [best(scorer.score(**inputs)[0]) for inputs in layers]
+
+
+def best(scores: torch.Tensor) -> list[list[int]]:
+    """The tokens with the best scores (KV heads, TOKENS) and the last one, by KV head.
 
     A press that does not protect the last token may drop it; the caches of mmshiftkv never do, so it is taken here.
     """
-    import kvpress
-
-    # kvpress keeps int(tokens * (1 - ratio)) of them.
-    scorer = getattr(kvpress, press)(compression_ratio=1 - (BUDGET + 0.5) / TOKENS, **settings)
-    kept = []
-    for inputs in layers:
-        with torch.no_grad():
-            scores = scorer.score(**inputs)[0]
-        ordered, order = scores[:, :-1].sort(dim=-1, descending=True)
-        inside, outside = ordered[:, BUDGET - 2], ordered[:, BUDGET - 1]
-        assert ((inside - outside) > LEAST_GAP * inside.abs()).all(), f"{press} {settings}: too close to call"
-        kept.append([sorted([*head, TOKENS - 1]) for head in order[:, : BUDGET - 1].tolist()])
-    return kept
+    ordered, order = scores[:, :-1].sort(dim=-1, descending=True)
+    inside, outside = ordered[:, BUDGET - 2], ordered[:, BUDGET - 1]
+    assert ((inside - outside) > LEAST_GAP * inside.abs()).all(), "too close to call"
+    return [sorted([*head, TOKENS - 1]) for head in order[:, : BUDGET - 1].tolist()]
 
 
 def main() -> None:

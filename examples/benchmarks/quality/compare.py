@@ -2,14 +2,16 @@
 
     python examples/benchmarks/quality/compare.py --count 100 --json compare.json --plot compare.png
     python examples/benchmarks/quality/compare.py --methods shiftkv snapkv --budgets 64 --tasks lookup
+    python examples/benchmarks/quality/compare.py --methods all --budgets 64 32
     python examples/benchmarks/quality/compare.py --read compare.json --plot compare.png
 
 Every task gets the same held-out questions with the full cache and with each method at each budget. The first table
 gives exact match (case and white space count) and ANLS (the measure of DocVQA) in percent, the second the decode
 attention recall of each layer: how much of what the full cache's own answer looks at while it is decoded is among the
-tokens that are kept. The JSON file adds 95 % bootstrap intervals, the settings and the versions, its scores being
-fractions 0..1. Without `--model` the small Qwen2.5-VL of this repository answers: it reads such pages, and no other
-documents.
+tokens that are kept. `--methods all` has those of the folder peers besides, which count values or look ahead, and
+ShiftKV's presets; "full_attention" is a limit, as it knows the answer. The JSON file adds 95 % bootstrap intervals, the
+settings and the versions, its scores being fractions 0..1. Without `--model` the small Qwen2.5-VL of this repository
+answers: it reads such pages, and no other documents.
 """
 
 import argparse
@@ -23,13 +25,10 @@ if not __package__:  # run as a script: its own folder is on the path, the folde
 
 from benchmarks import report
 from benchmarks.arguments import drop_repeats, need_packages
-from common import METHODS, choose_device, errors_in_one_line, fail, picture_file, script_parser
+from common import choose_device, errors_in_one_line, fail, picture_file, script_parser
 
 if TYPE_CHECKING:
     from benchmarks.quality.comparison import Result
-
-# In the order of the paper's tables; the full cache is always measured.
-COMPRESSING = [*(method for method in METHODS if method not in ("full", "shiftkv")), "shiftkv"]
 
 
 def comparison_file(text: str) -> dict[str, Any]:
@@ -42,12 +41,19 @@ def comparison_file(text: str) -> dict[str, Any]:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The checked arguments, each method, budget and task once; exits with a message when they are wrong."""
     need_packages(script_parser(__doc__), ("numpy", "PIL", "rapidfuzz", "tabulate", "tqdm"))
+    from benchmarks.quality.comparison import COMPARED, USUAL
     from benchmarks.quality.questions import check_fonts, question_arguments
     from tiny_vlm.pages import HELD_OUT_SEED, TASKS
 
     parser = script_parser(__doc__, question_arguments([128, 64, 32, 16], TASKS, HELD_OUT_SEED))
     add = parser.add_argument
-    add("--methods", nargs="+", choices=COMPRESSING, default=COMPRESSING, help="to compress with (default: all)")
+    add(
+        "--methods",
+        nargs="+",
+        choices=[*COMPARED, "all"],
+        default=USUAL,
+        help=f"to compress with; the full cache is always measured (default: {' '.join(USUAL)})",
+    )
     add("--plot", type=picture_file, help="draw exact match and recall against the budget into this file, such as .png")
     add("--read", type=comparison_file, metavar="JSON", help="measure nothing; show this file of --json")
     arguments = parser.parse_args(argv)
@@ -55,6 +61,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--json goes without --read")
     if not arguments.read:
         check_fonts(parser, arguments)
+    if "all" in arguments.methods:
+        arguments.methods = list(COMPARED)
     drop_repeats(arguments, "methods", "budgets", "tasks")
     return arguments
 

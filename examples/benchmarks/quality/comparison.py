@@ -7,37 +7,75 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import report
+from benchmarks.quality.peers import PEERS, Prompts, make_peer
 from benchmarks.quality.scoring import Estimate, Summary
 
 if TYPE_CHECKING:
     from transformers import Cache
 
 SNAPKV_WINDOW = 32
+WITH_WINDOW = ("snapkv", "snapkv_values", "criticalkv", "dropkv")
 RECALL = "decode_attention_recall"
 
 
 @dataclass(frozen=True)
+class Compared:
+    """What a compared name stands for: a method of the library, or a peer, with settings."""
+
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+# In the order in which they are shown: that of the paper's tables, the peers behind SnapKV, which most of them build
+# on, and the limit last.
+COMPARED = {
+    "random": Compared("random"),
+    "streaming_llm": Compared("streaming_llm"),
+    "expected_attention": Compared("expected_attention"),
+    "snapkv": Compared("snapkv"),
+    **{peer: Compared(peer) for peer in PEERS if peer != "full_attention"},
+    "keydiff": Compared("keydiff"),
+    "shiftkv": Compared("shiftkv"),
+    "small-budget": Compared("shiftkv", {"preset": "small-budget"}),
+    "value-aware": Compared("shiftkv", {"preset": "value-aware"}),
+    "full_attention": Compared("full_attention"),
+}
+# The others are measured when they are named.
+USUAL = [name for name in COMPARED if name not in PEERS and name != "small-budget"]
+
+
+@dataclass(frozen=True)
 class Setup:
-    """One way to answer: a method at a budget, or the full cache, which has no budget."""
+    """One way to answer: one of COMPARED at a budget, or the full cache, which has no budget."""
 
     method: str = "full"
     budget: int | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What differs from the method's defaults: SnapKV's window is at most a quarter of the budget.
+        """What differs from the method's defaults: a window like SnapKV's is at most a quarter of the budget.
 
         Its tokens are always kept, so a window of 32 would leave little or nothing to select at the smallest budgets.
         """
-        if self.method == "snapkv" and self.budget and self.budget < 4 * SNAPKV_WINDOW:
-            return {"window": max(self.budget // 4, 1)}
-        return {}
+        if self.method == "full":
+            return {}
+        settings = COMPARED[self.method].settings
+        if self.method in WITH_WINDOW and self.budget and self.budget < 4 * SNAPKV_WINDOW:
+            return {**settings, "window": max(self.budget // 4, 1)}
+        return settings
 
-    def make_cache(self, model: Any) -> "Cache":
-        """A new cache for one `generate` call; raises ValueError for a budget that the method cannot keep."""
+    def make_cache(self, model: Any, prompts: Prompts | None = None) -> "Cache":
+        """A new cache for one `generate` call; raises ValueError for a budget that the method cannot keep.
+
+        Without the prompts that it will get, some peers' caches only show whether the budget is allowed.
+        """
         from mmshiftkv import make_cache
 
-        return make_cache(self.method, model, self.budget, **self.settings)
+        method = self.method if self.method == "full" else COMPARED[self.method].method
+        if method in PEERS:
+            assert self.budget is not None
+            return make_peer(method, model, self.budget, prompts, **self.settings)
+        return make_cache(method, model, self.budget, **self.settings)
 
 
 @dataclass(frozen=True)

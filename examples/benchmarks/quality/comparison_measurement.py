@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.quality.comparison import Recall, Result, Setup
+from benchmarks.quality.peers import Prompts
 from benchmarks.quality.questions import question_batches
 from benchmarks.quality.recall import decode_attention, recall
 from benchmarks.quality.scoring import estimate, summarize
@@ -25,8 +26,9 @@ class Measurement:
         self.recalls: dict[Setup, list[torch.Tensor]] = defaultdict(list)
 
     def answer(self, setup: Setup, inputs: Any, truths: Sequence[str]) -> None:
-        """Has one setup answer a batch; the full cache must come first, as the others are held against it."""
-        cache: Any = setup.make_cache(self._model)
+        """Has one setup answer a batch; the full cache must come first, as the others are held against it, and the
+        limit is made of what it attended to."""
+        cache: Any = setup.make_cache(self._model, Prompts(inputs, self._processor.tokenizer, self._attention))
         tokens = answer_tokens(self._model, inputs, cache, MAX_NEW_TOKENS[self._task])
         texts = self._processor.batch_decode(tokens, skip_special_tokens=True)
         self.answers[setup].extend(zip(texts, truths, strict=True))

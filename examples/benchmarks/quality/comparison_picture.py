@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 TASK_NAMES = {"lookup": "lookup", "multi": "multi-field", "line": "line", "all": "whole page"}
 FULL_CACHE: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}
 PANEL = (3.8, 3.1)  # width and height in inches
+LARGE_PANEL = (5.4, 4.2)  # for more methods than FEW
+FEW = 8
 APART = 0.075  # between the markers of two methods, in doublings of the budget
+SPREAD = 0.7  # between the markers of the first and the last method, at most
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,12 @@ class Style:
     marker: str
     linewidth: float = 1.2
     markersize: float = 5
+    dashes: Any = "-"
 
     @property
     def line(self) -> dict[str, Any]:
         """How its line is drawn."""
-        return {"color": self.color, "linewidth": self.linewidth}
+        return {"color": self.color, "linewidth": self.linewidth, "linestyle": self.dashes}
 
     @property
     def markers(self) -> dict[str, Any]:
@@ -39,14 +43,25 @@ class Style:
         return {"color": self.color, "marker": self.marker, "markersize": self.markersize, **edge}
 
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COUNTS_VALUES = (0, (4, 1.5))
+LOOKS_AHEAD = (0, (1, 1.2))
+# The solid lines have Okabe and Ito's colours, which colour-blind readers can tell apart; the peers are dashed or
+# dotted besides, and every method has a marker of its own.
 STYLES = {
+    "value-aware": Style("ShiftKV, value-aware", "#8E063B", "*", 2.6, 9),
     "shiftkv": Style("ShiftKV", "#D55E00", "o", 2.6, 6.5),
+    "small-budget": Style("ShiftKV, small-budget", "#F4A582", "p", 1.6, 6.5),
     "expected_attention": Style("ExpectedAttention", "#009E73", "s"),
     "snapkv": Style("SnapKV", "#0072B2", "^", markersize=6),
+    "snapkv_values": Style("SnapKV x values", "#56B4E9", "<", markersize=6, dashes=COUNTS_VALUES),
+    "last_query_values": Style("last query x values", "#8A8A00", ">", markersize=6, dashes=COUNTS_VALUES),
+    "criticalkv": Style("CriticalKV", "#332288", "P", markersize=6, dashes=COUNTS_VALUES),
+    "dropkv": Style("DropKV", "#7B3F00", "h", markersize=6, dashes=COUNTS_VALUES),
+    "kvzip": Style("KVzip (second pass)", "#66A61E", "d", markersize=6, dashes=LOOKS_AHEAD),
     "keydiff": Style("KeyDiff", "#CC79A7", "D", markersize=4.5),
     "streaming_llm": Style("StreamingLLM", "#E69F00", "v", markersize=6),
     "random": Style("Random", "#666666", "X", markersize=5.5),
+    "full_attention": Style("full cache's attention (limit)", "black", "8", markersize=6, dashes=LOOKS_AHEAD),
 }
 
 
@@ -58,7 +73,8 @@ def draw_plot(results: Sequence[Result]) -> "Figure":
         ModuleNotFoundError: matplotlib is not installed; the message has the command that installs it.
     """
     full, compressed = results[0], results[1:]
-    figure, panels, free_place = _empty_panels(len(full.tasks) + bool(full.recall))
+    shown = [method for method in STYLES if method in {result.setup.method for result in compressed}]
+    figure, panels, free_place = _empty_panels(len(full.tasks) + bool(full.recall), len(shown))
     for panel, task in zip(panels, full.tasks, strict=False):
         panel.axhline(100 * full.tasks[task].exact_match.mean, **FULL_CACHE)
         _draw_lines(panel, compressed, lambda result, task=task: result.tasks[task].exact_match)
@@ -69,23 +85,26 @@ def draw_plot(results: Sequence[Result]) -> "Figure":
         _draw_lines(panels[-1], compressed, lambda result: result.mean()[RECALL])
         panels[-1].set_title("decode attention recall, all tasks")
         panels[-1].set_ylabel("recall (%)")
-    for style in (STYLES[method] for method in STYLES if method in {result.setup.method for result in compressed}):
+    for style in (STYLES[method] for method in shown):
         panels[0].plot([], [], **{**style.line, **style.markers}, label=style.name)
     panels[0].plot([], [], **FULL_CACHE, label="full cache")
     handles = panels[0].get_legend_handles_labels()
     if free_place:
-        free_place.legend(*handles, loc="center", frameon=False, fontsize="large", labelspacing=0.7, handlelength=3)
+        size = "large" if len(shown) <= FEW else "medium"
+        free_place.legend(*handles, loc="center", frameon=False, fontsize=size, labelspacing=0.7, handlelength=3)
     else:
-        figure.legend(*handles, loc="outside upper center", ncols=int(figure.get_figwidth() / 2), frameon=False)
+        columns = int(figure.get_figwidth() / (2 if len(shown) <= FEW else 2.6))
+        figure.legend(*handles, loc="outside upper center", ncols=columns, frameon=False)
     return figure
 
 
-def _empty_panels(count: int) -> tuple["Figure", list[Any], Any]:
+def _empty_panels(count: int, methods: int) -> tuple["Figure", list[Any], Any]:
     """So many panels, at most three in a line, and what is left of the last line, if anything, for the legend."""
     columns = 2 if count == 4 else min(count, 3)
     lines = -(-count // columns)
-    width, height = PANEL
-    figure = new_figure(0.2 + width * columns, (0 if count % columns else 0.6) + height * lines)
+    width, height = PANEL if methods <= FEW else LARGE_PANEL
+    legend = 0.6 if methods <= FEW else 1.2
+    figure = new_figure(0.2 + width * columns, (0 if count % columns else legend) + height * lines)
     grid = figure.add_gridspec(lines, columns)
     panels = [figure.add_subplot(grid[place // columns, place % columns]) for place in range(count)]
     for panel in panels:
@@ -106,17 +125,18 @@ def _draw_lines(panel: Any, results: Sequence[Result], score: Callable[..., Esti
     """
     budgets = sorted({result.setup.budget or 0 for result in results})
     methods = sorted({result.setup.method for result in results}, key=[*STYLES].index)
+    apart = min(APART, SPREAD / len(methods))
     for place, method in enumerate(methods):
         style = STYLES[method]
         of_method = sorted((r for r in results if r.setup.method == method), key=lambda r: r.setup.budget or 0)
-        shift = 2 ** (APART * (place - (len(methods) - 1) / 2))
+        shift = 2 ** (apart * (place - (len(methods) - 1) / 2))
         places = [(result.setup.budget or 0) * shift for result in of_method]
         scores = [score(result) for result in of_method]
         means = [100 * (one.mean if isinstance(one, Estimate) else one) for one in scores]
         intervals = [one for one in scores if isinstance(one, Estimate)]
         if intervals:
             low, high = [100 * one.low for one in intervals], [100 * one.high for one in intervals]
-            panel.fill_between(places, low, high, color=style.color, alpha=0.13, linewidth=0)
+            panel.fill_between(places, low, high, color=style.color, alpha=min(0.13, 0.8 / len(methods)), linewidth=0)
         panel.plot(places, means, **style.line, zorder=2.5 - place / 100)
         panel.plot(places, means, **style.markers, linestyle="none", zorder=3)
     panel.set_xscale("log", base=2)

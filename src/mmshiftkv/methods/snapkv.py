@@ -9,9 +9,7 @@ from ..checks import check_integer
 from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
 from .base import Method
-from .columns import columns_of
-
-_QUERIES_AT_ONCE = 16  # bounds the logits, (B, H, so many, T) float32
+from .window import in_window, keep_window, window_attention
 
 
 @dataclass(frozen=True)
@@ -64,41 +62,15 @@ class SnapKV(Method):
         valid: torch.Tensor | None,
     ) -> torch.Tensor:
         """Pooled attention of the window, at most 1; above it the window, the later a token the higher."""
-        queries = layer.rotate(layer.project_queries(summary.hidden_states), summary.cos, summary.sin)
-        columns = columns_of(keys)
-        in_window = columns >= keys.shape[2] - self.window
-        attention = _window_attention(queries, keys, layer.scaling, valid).masked_fill(in_window, 0)
-        pooled = F.avg_pool1d(attention, self.kernel_size, stride=1, padding=self.kernel_size // 2)
-        return torch.where(in_window, (columns + 2).float(), pooled)
+        queries = self.queries(layer, summary)
+        total = torch.zeros(keys.shape[:3], device=keys.device)
+        for attention in window_attention(queries, keys, layer.scaling, valid):
+            total += attention.sum(dim=(2, 3))
+        mean = total * (keys.shape[1] / (queries.shape[1] * queries.shape[2]))
+        mean = mean.masked_fill(in_window(keys, self.window), 0)
+        pooled = F.avg_pool1d(mean, self.kernel_size, stride=1, padding=self.kernel_size // 2)
+        return keep_window(pooled, keys, self.window)
 
-
-def _window_attention(
-    queries: torch.Tensor, keys: torch.Tensor, scaling: float, valid: torch.Tensor | None
-) -> torch.Tensor:
-    """Causal attention of the last n tokens, averaged over them and over each GQA group.
-
-    Args:
-        queries: (B, H, n, D), rotated, of the last n of T tokens.
-        keys: (B, H_kv, T, D).
-        scaling: factor on the logits.
-        valid: (B, T) bool, or None.  Where a query is padding, its row's tokens all lie in the window: what they get
-            does not matter.
-
-    Returns:
-        (B, H_kv, T) float32.
-    """
-    (batch, heads, count, _), (kv_heads, tokens) = queries.shape, keys.shape[1:3]
-    transposed = keys.float().transpose(-1, -2) * scaling
-    columns = columns_of(keys)[0]
-    total = torch.zeros(batch, kv_heads, tokens, device=keys.device)
-    for start in range(0, count, _QUERIES_AT_ONCE):
-        block = queries[:, :, start : start + _QUERIES_AT_ONCE].float().unflatten(1, (kv_heads, -1))
-        places = tokens - count + start + torch.arange(block.shape[3], device=keys.device)
-        allowed = columns <= places[:, None]
-        if valid is not None:
-            allowed = allowed & valid[:, None, None, None]
-        logits = (block.flatten(2, 3) @ transposed).unflatten(2, block.shape[2:4])
-        # Not -inf: a query of padding may attend to nothing, which must not become NaN.
-        attention = logits.masked_fill_(~allowed, torch.finfo(logits.dtype).min).softmax(dim=-1)
-        total += attention.sum(dim=(2, 3))
-    return total * (kv_heads / (heads * count))
+    def queries(self, layer: AttentionLayer, summary: LayerInput) -> torch.Tensor:
+        """The rotated queries of the window, (B, H, window or all tokens, D)."""
+        return layer.rotate(layer.project_queries(summary.hidden_states), summary.cos, summary.sin)
