@@ -92,10 +92,10 @@ def test_kernels_and_reference_agree_on_the_queries_and_keys_of_documents(dtype)
     score = ShiftKV.score
 
     def compared(self, layer, summary, keys, values, valid):
-        proxies, last_query, groups = self.queries(layer, summary, valid)
-        arguments = {"budget": 64, "num_groups": groups, "scaling": layer.scaling, "valid": valid}
+        queries = summary.queries, summary.last_query
+        arguments = {"budget": 64, "num_groups": summary.groups, "scaling": layer.scaling, "valid": valid}
         kept, expected = (
-            select_tokens(*(part.to(kind) for part in (proxies, last_query, keys)), backend=backend, **arguments)
+            select_tokens(*(part.to(kind) for part in (*queries, keys)), backend=backend, **arguments)
             for backend, kind in (("triton", dtype), ("torch", torch.float32))
         )
         overlaps.append((kept[..., None] == expected[..., None, :]).any(-1).float().mean().item())

@@ -217,7 +217,8 @@ class Prefill:
             assert self._padding is not None
             valid = self._padding.valid(keys.device)
             valid = None if valid is None else valid[:, :tokens]
-            attention, summary = self._decoder.attention[index], self._summaries[index]
+            attention = self._decoder.attention[index]
+            summary = self._method.prepare(attention, self._summaries[index], valid)
             scores = checked_scores(self._method, self._method.score(attention, summary, keys, values, valid), keys)
             kept = keep_best(scores, count, valid, backend=self._settings.backend)
             refitted = self._method.refit(attention, summary, keys, values, kept, valid)

@@ -78,6 +78,9 @@ class Watched(Method):
     def observe(self, layer, inputs, earlier):
         return self._method.observe(layer, inputs, earlier)
 
+    def prepare(self, layer, summary, valid):
+        return self._method.prepare(layer, summary, valid)
+
     def score(self, layer, summary, keys, values, valid):
         scores = self._method.score(layer, summary, keys, values, valid)
         _, last_mass = self._method.attention_mass(layer, summary, keys, valid)

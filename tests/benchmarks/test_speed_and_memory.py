@@ -155,16 +155,17 @@ def test_the_selection_is_measured_step_by_step(tmp_path, capsys):
         "selection": True,
         "lengths": [33, 64],
         "batches": [1],
-        "budget": 8,
+        "budgets": [8],
         "repeats": 2,
         "tiny": True,
     }
-    assert [(row["batch"], row["tokens"]) for row in record["selection"]] == [(1, 33), (1, 64)]
+    found = [(row["method"], row["budget"], row["batch"], row["tokens"]) for row in record["selection"]]
+    methods = ("published", "values", "values, refitted")
+    assert found == [(method, 8, 1, tokens) for tokens in (33, 64) for method in methods]
     assert [(row["cache"], row["tokens"]) for row in record["prefill"]] == [
-        ("DynamicCache", 33),
-        ("ShiftKVCache 8", 33),
-        ("DynamicCache", 64),
-        ("ShiftKVCache 8", 64),
+        (cache, tokens)
+        for tokens in (33, 64)
+        for cache in ("DynamicCache", "ShiftKVCache 8", "ShiftKVCache 8, values", "ShiftKVCache 8, value-aware")
     ]
     assert all(row["seconds"] > 0 for row in record["prefill"])
     assert record["environment"]["torch"]
@@ -197,7 +198,6 @@ def test_the_selection_is_measured_step_by_step(tmp_path, capsys):
         (["--selection", "--tiny", "--json", "no/x"], "no such folder: 'no'"),
         (["--selection", "--tiny", "--plot", "x.png"], "--plot goes without --selection"),
         (["--selection", "--tiny", "--random-weights", "tiny"], "--random-weights goes without --selection"),
-        (["--selection", "--tiny", "--budgets", "8", "16"], "--selection takes one budget, got [8, 16]"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message, capsys):

@@ -19,13 +19,15 @@ class Problem:
     head_dim: int
     tokens: int
     padding: int = 0  # columns at the start of the last row
+    value_dim: int | None = None  # None: that of the keys
 
     @property
     def id(self) -> str:
         padding = f"-pad{self.padding}" if self.padding else ""
+        value = f"to{self.value_dim}" if self.value_dim else ""
         return (
             f"b{self.batch}-h{self.heads}of{self.kv_heads}-n{self.proxies}in{self.groups}"
-            f"-d{self.head_dim}-t{self.tokens}{padding}"
+            f"-d{self.head_dim}{value}-t{self.tokens}{padding}"
         )
 
     def tensors(self, device: torch.device, dtype: torch.dtype = torch.float32, spread: float = 2.0):
@@ -38,6 +40,19 @@ class Problem:
         )
         queries, last, keys = (torch.randn(shape, generator=generator) for shape in shapes)
         return [part.to(device, dtype) for part in (queries * spread, last, keys)]
+
+    def values(self, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.tokens * 1000 + self.head_dim + 1)
+        shape = (self.batch, self.kv_heads, self.tokens, self.value_dim or self.head_dim)
+        # Lengths differ, as those of a model's values do.
+        lengths = torch.rand(*shape[:3], 1, generator=generator) + 0.1
+        return (torch.randn(shape, generator=generator) * lengths).to(device, dtype)
+
+    def kept(self, count: int, device: torch.device) -> torch.Tensor:
+        """Some of the tokens, the last one among them, (B, H_kv, count) int64, as `keep_best` gives them."""
+        generator = torch.Generator().manual_seed(count)
+        scores = torch.rand(self.batch, self.kv_heads, self.tokens, generator=generator).to(device)
+        return reference.keep_best(scores, count, self.valid(device))
 
     def valid(self, device: torch.device) -> torch.Tensor | None:
         if not self.padding:

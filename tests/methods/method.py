@@ -52,6 +52,36 @@ def scores(
     return votes + last
 
 
+def given_shares(mass: Array) -> Array:
+    """Mass (rows, T) of queries: its root mean square, over the mean mass that would take its place -> (T,)."""
+    return np.sqrt((mass**2).mean(axis=0)) / (1 - np.minimum(mass.mean(axis=0), 0.999))
+
+
+def value_scores(
+    proxies: Array, last_query: Array, keys: Array, values: Array, valid: Array, scaling: float, last_weight: float
+) -> Array:
+    """ "Counting values", steps 4 to 6, for one KV head: proxies (r, N, D), last_query (r, 1, D), values (T, D_v)."""
+    rows = [row for head in proxies for row in head]
+    by_proxy = np.stack([softmax(np.where(valid, keys @ row * scaling, -np.inf)) for row in rows])
+    by_last = np.stack([softmax(np.where(valid, keys @ head[0] * scaling, -np.inf)) for head in last_query])
+    output = by_proxy.mean(axis=0) @ values
+    distance = np.array([np.linalg.norm(value - output) for value in values])
+    return np.where(valid, (given_shares(by_proxy) + last_weight * given_shares(by_last)) * distance, 0)
+
+
+def refitted(
+    queries: Array, keys: Array, values: Array, chosen: list[int], valid: Array, scaling: float, ridge: float
+) -> Array:
+    """ "Counting values", step 8, for one KV head: queries (r, n, D) -> the values of the chosen tokens, solved."""
+    rows = [row for head in queries for row in head]
+    whole = np.stack([softmax(np.where(valid, keys @ row * scaling, -np.inf)) for row in rows])
+    part = np.stack([softmax(np.where(valid[chosen], keys[chosen] @ row * scaling, -np.inf)) for row in rows])
+    squares = (part**2).sum(axis=0)
+    usual = np.exp(np.log(squares[squares > 0]).mean())
+    gram = part.T @ part + ridge * usual * np.eye(len(chosen))
+    return values[chosen] + np.linalg.solve(gram, part.T @ (whole @ values - part @ values[chosen]))
+
+
 def kept(score: Array, valid: Array, budget: int) -> list[int]:
     """Step 6 for one KV head: the best tokens and the last; a short row keeps its last padding columns."""
     tokens = len(score)

@@ -59,6 +59,10 @@ def measure(model: Any, *, lengths: list[int], batches: list[int], budget: int, 
     makers: dict[str, Callable[[], Cache]] = {
         "DynamicCache": lambda: DynamicCache(config=model.config),
         f"ShiftKVCache {budget}": lambda: ShiftKVCache(model, budget=budget),
+        f"ShiftKVCache {budget}, values": lambda: ShiftKVCache(
+            model, budget=budget, preset="value-aware", refit_queries=0
+        ),
+        f"ShiftKVCache {budget}, value-aware": lambda: ShiftKVCache(model, budget=budget, preset="value-aware"),
     }
     cases = [(batch, tokens) for batch in batches for tokens in lengths]
     results = []

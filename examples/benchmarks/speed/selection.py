@@ -1,7 +1,8 @@
 """What one layer's selection costs, step by step, at the shapes of Qwen2.5-VL-7B with random weights.
 
-Beside it the same selection with the whole attention of the proxies in memory, as it was published, and the least time
-that the operations and bytes need at the rates measured here.
+The published steps, and those that count values, without and with refitted values. Beside the published ones the same
+selection with the whole attention of the proxies in memory, as it was published, and the least time that the operations
+and bytes need at the rates measured here.
 """
 
 import math
@@ -9,16 +10,31 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from benchmarks import report
-from shiftkv_kernels import draw_samples, gather, group_mass, keep_best, rotate_queries, token_statistics, vote
+from mmshiftkv.methods.shiftkv import REFIT_STEPS
+from shiftkv_kernels import (
+    attend,
+    draw_samples,
+    gather,
+    group_mass,
+    keep_best,
+    refit_values,
+    rotate_queries,
+    token_statistics,
+    value_scores,
+    vote,
+)
 
 MASS = 0.95
 GAMMA = 10.0
+LAST_QUERY_WEIGHT = 4.0
+RIDGE = 3.0
 COLD_BYTES = 256 * 2**20  # several times the L2 cache, so that every layer finds its data in memory
 
 
@@ -32,10 +48,11 @@ class Shapes:
     head_dim: int = 128
     proxies: int = 512
     groups: int = 32
+    refitted_to: int = 128  # proxies of each query head
     budget: int = 64
 
 
-TINY = Shapes(hidden=32, heads=4, kv_heads=2, head_dim=16, proxies=16, groups=4, budget=8)
+TINY = Shapes(hidden=32, heads=4, kv_heads=2, head_dim=16, proxies=16, groups=4, refitted_to=8, budget=8)
 
 
 class Layer:
@@ -78,7 +95,7 @@ class Layer:
         self.token_means, self.token_squares = token_statistics(self.states, backend=self.backend)
 
     def samples(self) -> None:
-        """Variance-expanded samples."""
+        """Variance-expanded samples, and the last token's state behind them."""
         self.drawn = draw_samples(
             self.token_means,
             self.token_squares,
@@ -88,13 +105,13 @@ class Layer:
             seed=0,
             stream=0,
             dtype=self.states.dtype,
+            last=self.states[:, -1:].clone(),
             backend=self.backend,
         )
 
     def projection(self) -> None:
-        """Query projection of the samples and of the last token, joined as the cache joins them."""
-        last = self.states[:, -1:].clone()
-        self.projected = F.linear(torch.cat([self.drawn, last], dim=1), self.weight, self.bias)
+        """Query projection of both."""
+        self.projected = F.linear(self.drawn, self.weight, self.bias)
 
     def rotation(self) -> None:
         """Rotation of both to their positions."""
@@ -117,6 +134,18 @@ class Layer:
         """Scores: votes and the last query's mass."""
         self.scores = vote(self.mass, MASS, backend=self.backend) + self.last_mass
 
+    def values_given(self) -> None:
+        """Scores: what each token gives to the proxies' and the last query's outputs."""
+        self.scores = value_scores(
+            self.proxies,
+            self.last,
+            self.keys,
+            self.values,
+            scaling=self.shapes.head_dim**-0.5,
+            last_weight=LAST_QUERY_WEIGHT,
+            backend=self.backend,
+        )
+
     def kept(self) -> None:
         """Indices of the kept tokens."""
         self.indices = keep_best(self.scores, self.shapes.budget, backend=self.backend)
@@ -125,9 +154,25 @@ class Layer:
         """Kept keys and values in storage of their own."""
         self.stored = gather(self.keys, self.values, self.indices, backend=self.backend)
 
-    def select(self) -> None:
-        """All steps."""
-        for step in STEPS:
+    def refit(self) -> None:
+        """Values refitted to the kept tokens."""
+        queries, scaling = self.proxies[:, :, : self.shapes.refitted_to], self.shapes.head_dim**-0.5
+        outputs = attend(queries, self.keys, self.values, scaling=scaling, backend=self.backend)
+        self.refitted = refit_values(
+            queries,
+            outputs,
+            self.keys,
+            self.values,
+            self.indices,
+            scaling=scaling,
+            ridge=RIDGE,
+            steps=REFIT_STEPS,
+            backend=self.backend,
+        )
+
+    def select(self, method: str) -> None:
+        """All steps of a method."""
+        for step in STEPS[method]:
             getattr(self, step)()
 
     def select_materialized(self) -> None:
@@ -154,21 +199,33 @@ class Layer:
         self.top = F.pad(best, (0, 1), value=self.keys.shape[2] - 1)
 
 
-STEPS = ("statistics", "samples", "projection", "rotation", "masses", "votes", "kept", "storage")
+_QUERIES = ("statistics", "samples", "projection", "rotation")
+_VALUES = (*_QUERIES, "values_given", "kept")
+STEPS = {
+    "published": (*_QUERIES, "masses", "votes", "kept", "storage"),
+    "values": (*_VALUES, "storage"),
+    "values, refitted": (*_VALUES, "refit", "storage"),
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One batch size and prompt length; milliseconds per layer, MiB."""
+    """One method at one budget, batch size and prompt length; milliseconds per layer, MiB.
 
+    What stands beside the published method has no value for the others.
+    """
+
+    method: str
+    budget: int
     batch: int
     tokens: int
     eager: float
     selection: float
+    launches: int | None
     steps: dict[str, float]
-    topk: float
-    materialized: float | None
     extra_memory: float
+    topk: float | None
+    materialized: float | None
     materialized_memory: float | None
     floor_products: float
     floor_bytes: float
@@ -230,66 +287,110 @@ def measured_rates(device: torch.device) -> tuple[float, float]:
     return 2 * size**3 / product * 1e3, 2 * source.numel() / copy * 1e3
 
 
+def launches(call: Callable[[], Any], device: torch.device) -> int | None:
+    """How many kernels and copies a call starts on a GPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
 def measure(
     shapes: Shapes,
+    methods: Sequence[str],
     batch: int,
     tokens: int,
     device: torch.device,
     repeats: int,
     rates: tuple[float, float],
     backend: str,
-) -> Row:
-    """Times of a number of layers with weights and prompts of their own, one after another."""
+) -> list[Row]:
+    """Times of a number of layers with weights and prompts of their own, one after another; a row for each method."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     layers = [Layer(shapes, batch, tokens, device, dtype, backend)]
     if device.type == "cuda":
         count = min(max(COLD_BYTES // layers[0].bytes, 1), 9)
         layers += [Layer(shapes, batch, tokens, device, dtype, backend) for _ in range(count)]
+    return [_measure_method(layers, method, repeats, rates) for method in methods]
 
-    def time_of(name: str, graph: bool = True) -> float:
-        return milliseconds([getattr(layer, name) for layer in layers], device, graph=graph, repeats=repeats)
 
-    eager = time_of("select", graph=False)
-    selection = time_of("select")
-    steps = {step: time_of(step) for step in STEPS}
-    topk = time_of("topk")
-    layers[0].forget()
-    memory = extra_mebibytes(layers[0].select, device)
+def _measure_method(layers: list[Layer], method: str, repeats: int, rates: tuple[float, float]) -> Row:
+    first = layers[0]
+    shapes, device, (batch, tokens) = first.shapes, first.states.device, first.states.shape[:2]
+
+    def time_of(name: str, *arguments: Any, graph: bool = True) -> float:
+        calls = [partial(getattr(layer, name), *arguments) for layer in layers]
+        return milliseconds(calls, device, graph=graph, repeats=repeats)
+
+    eager = time_of("select", method, graph=False)
+    selection = time_of("select", method)
+    steps = {step: time_of(step) for step in STEPS[method]}
+    is_published = method == "published"
+    topk = time_of("topk") if is_published else None
+    for layer in layers:
+        layer.forget()
+    memory = extra_mebibytes(lambda: first.select(method), device)
     materialized = materialized_memory = None
-    if batch * tokens <= 65536:
+    if is_published and batch * tokens <= 65536:
+        first.forget()
+        for layer in layers:
+            layer.select(method)
         materialized = time_of("select_materialized")
-        materialized_memory = extra_mebibytes(layers[0].select_materialized, device)
+        materialized_memory = extra_mebibytes(first.select_materialized, device)
     products = 4 * batch * shapes.heads * (shapes.proxies + 1) * tokens * shapes.head_dim
+    if "refit" in STEPS[method]:
+        products += 4 * batch * shapes.heads * shapes.refitted_to * tokens * shapes.head_dim
     products += 2 * batch * (shapes.proxies + 1) * shapes.hidden * shapes.heads * shapes.head_dim
     return Row(
+        method,
+        shapes.budget,
         batch,
         tokens,
         eager,
         selection,
+        launches(lambda: first.select(method), device),
         steps,
+        memory,
         topk,
         materialized,
-        memory,
         materialized_memory,
         1e3 * products / rates[0],
-        1e3 * layers[0].bytes / rates[1],
+        1e3 * first.bytes / rates[1],
     )
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line a row: milliseconds of the whole selection, of its steps, and of what stands beside it; MiB."""
-    header = ["batch", "tokens", "eager", "graph", *STEPS, "topk", "full attention", "its MiB", "extra MiB"]
-    header += ["floor: products", "floor: bytes"]
-    cells = []
-    for row in rows:
-        full = "-" if row.materialized is None else f"{row.materialized:.3f}"
-        full_memory = "-" if row.materialized_memory is None else f"{row.materialized_memory:.0f}"
-        cells.append(
-            [
-                *(str(row.batch), str(row.tokens), f"{row.eager:.3f}", f"{row.selection:.3f}"),
-                *(f"{row.steps[step]:.4f}" for step in STEPS),
-                *(f"{row.topk:.4f}", full, full_memory, f"{row.extra_memory:.1f}"),
-                *(f"{row.floor_products:.3f}", f"{row.floor_bytes:.3f}"),
-            ]
-        )
-    return report.table(header, cells)
+    """One line a row: milliseconds of the whole selection and of what stands beside it; MiB."""
+    header = ["method", "budget", "batch", "tokens", "eager", "graph", "launches", "extra MiB", "topk"]
+    header += ["full attention", "its MiB", "floor: products", "floor: bytes"]
+    cells = [
+        [
+            *(row.method, str(row.budget), str(row.batch), str(row.tokens), f"{row.eager:.3f}", f"{row.selection:.3f}"),
+            *(_shown(row.launches, "d"), f"{row.extra_memory:.1f}", _shown(row.topk, ".4f")),
+            *(_shown(row.materialized, ".3f"), _shown(row.materialized_memory, ".0f")),
+            *(f"{row.floor_products:.3f}", f"{row.floor_bytes:.3f}"),
+        ]
+        for row in rows
+    ]
+    return report.table(header, cells, left=["method"])
+
+
+def steps_table(rows: Sequence[Row]) -> str:
+    """One line a row: milliseconds of each step; a dash where a method has no such step."""
+    names = list(dict.fromkeys(step for row in rows for step in row.steps))
+    cells = [
+        [
+            *(row.method, str(row.budget), str(row.batch), str(row.tokens)),
+            *(_shown(row.steps.get(name), ".4f") for name in names),
+        ]
+        for row in rows
+    ]
+    return report.table(["method", "budget", "batch", "tokens", *names], cells, left=["method"])
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

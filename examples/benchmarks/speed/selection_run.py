@@ -1,6 +1,7 @@
 """Measures what speed_and_memory.py --selection asks for, and shows it."""
 
 import argparse
+import itertools
 from dataclasses import asdict
 from typing import Any
 
@@ -15,14 +16,19 @@ PREFILL_REPEATS = 7
 
 
 def measure_selection(arguments: argparse.Namespace, device: torch.device) -> tuple[tuple[float, float], list[Any]]:
-    """The measured rates, and a row for each batch size and length."""
-    shapes = selection.TINY if arguments.tiny else selection.Shapes(budget=arguments.budgets[0])
+    """The measured rates, and a row for each method, budget, batch size and length."""
     rates = selection.measured_rates(device)
-    cases = [(batch, tokens) for batch in arguments.batches for tokens in arguments.lengths]
-    rows = [
-        selection.measure(shapes, batch, tokens, device, arguments.repeats, rates, "auto")
-        for batch, tokens in tqdm(cases, desc="selection", unit="case")
+    cases = [
+        (*case, budget)
+        for case in itertools.product(arguments.batches, arguments.lengths)
+        for budget in arguments.budgets
     ]
+    rows: list[Any] = []
+    for batch, tokens, budget in tqdm(cases, desc="selection", unit="case"):
+        shapes = selection.TINY if arguments.tiny else selection.Shapes(budget=budget)
+        # What comes before the refit does not depend on the budget.
+        methods = list(selection.STEPS) if budget == arguments.budgets[0] else ["values, refitted"]
+        rows += selection.measure(shapes, methods, batch, tokens, device, arguments.repeats, rates, "auto")
     return rates, rows
 
 
@@ -47,12 +53,14 @@ def select(arguments: argparse.Namespace) -> None:
     print(f"measured: matrix products {rates[0] / 1e12:.1f} TFLOP/s, copies {rates[1] / 1e9:.0f} GB/s")
     print("\nselection, milliseconds per layer (steps: from graph replay)")
     print(selection.table(rows))
+    print("\nits steps, milliseconds per layer")
+    print(selection.steps_table(rows))
     print("\nprefill to the first token, cache building included")
     print(prefill.table(prefills))
     if arguments.json:
-        settings = {name: getattr(arguments, name) for name in ("selection", "lengths", "batches", "repeats", "tiny")}
+        names = ("selection", "lengths", "batches", "budgets", "repeats", "tiny")
         record = {
-            "settings": {**settings, "budget": arguments.budgets[0]},
+            "settings": {name: getattr(arguments, name) for name in names},
             "environment": report.environment(device),
             "rates": {"products_per_second": rates[0], "bytes_per_second": rates[1]},
             "selection": [asdict(row) for row in rows],

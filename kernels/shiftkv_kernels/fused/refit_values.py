@@ -11,10 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ..reference.values import LEAST_SHARE as _LEAST_SHARE
 from .finite import finite, load_finite, load_rows
 from .log_sums import LARGEST_LOGIT, LOWEST
 from .products import tile_products
 
+LEAST_SHARE = tl.constexpr(_LEAST_SHARE)
 _ROWS, _KEPT, _FEATURES, _PRODUCTS = 64, 64, 16, 32
 
 
@@ -178,6 +180,7 @@ def _solve_kernel(
     o_pair = pair * C * D_V + d[None, :]
     size = tl.zeros([BLOCK_D], tl.float32)
     trace = tl.zeros([BLOCK_C], tl.float32)
+    counts = tl.zeros([BLOCK_C], tl.float32)
     for start in range(0, C, BLOCK_C):
         c = start + block
         offset = o_pair + tl.cast(c, tl.int64)[:, None] * D_V
@@ -186,8 +189,17 @@ def _solve_kernel(
         tl.store(p_direction + offset, right, mask=mask)
         tl.store(p_change + offset, tl.zeros_like(right), mask=mask)
         size += tl.sum(right * right, 0)
-        trace += tl.load(p_gram + tl.cast(c, tl.int64) * (C + 1), mask=c < C, other=0.0)
-    penalty = ridge * tl.sum(trace, 0) / C
+        square = tl.load(p_gram + tl.cast(c, tl.int64) * (C + 1), mask=c < C, other=0.0)
+        trace += square
+        counts += tl.where(square > 0, 1.0, 0.0)
+    count = tl.maximum(tl.sum(counts, 0), 1.0)
+    least = LEAST_SHARE * tl.sum(trace, 0) / count
+    logarithms = tl.zeros([BLOCK_C], tl.float32)
+    for start in range(0, C, BLOCK_C):
+        c = start + block
+        square = tl.load(p_gram + tl.cast(c, tl.int64) * (C + 1), mask=c < C, other=0.0)
+        logarithms += tl.where(square > 0, tl.log(tl.maximum(square, least)), 0.0)
+    penalty = ridge * tl.exp(tl.sum(logarithms, 0) / count)
     tl.debug_barrier()
     for _ in range(steps):
         curvature = tl.zeros([BLOCK_D], tl.float32)

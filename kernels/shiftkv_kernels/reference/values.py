@@ -9,6 +9,8 @@ _QUERIES_AT_ONCE = 16  # bounds the attention, (B, H, so many, T) float32
 
 # A token on which all mass lies leaves this much to the others, so that its weight stays finite.
 LARGEST_MEAN = 1 - 1e-3
+# Of the mean squared attention: tokens with less do not lower the penalty of a refit further.
+LEAST_SHARE = 1e-6
 
 
 def value_scores(
@@ -108,7 +110,7 @@ def refit_values(
         keys, values: (B, H_kv, T, D) and (B, H_kv, T, D_v), of the whole prompt.
         kept: (B, H_kv, C) int64, ascending.
         scaling: factor on the logits.
-        ridge: penalty on changes, in units of the mean squared column of the attention, > 0.
+        ridge: penalty on changes, in units of the squared attention to a usual kept token, > 0.
         steps: of the conjugate gradients.
         valid: (B, T) bool, False for padding; None when there is none.
 
@@ -120,9 +122,21 @@ def refit_values(
     attention = attention_of(queries, columns).flatten(2, 3)
     missing = outputs.float().unflatten(1, (kept.shape[1], -1)).flatten(2, 3) - attention @ kept_values.float()
     gram = attention.transpose(-1, -2) @ attention
-    penalty = ridge * gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
+    penalty = ridge * _usual(gram.diagonal(dim1=-2, dim2=-1))[..., None, None]
     change = _conjugate_gradients(gram, penalty, attention.transpose(-1, -2) @ missing, steps)
     return (kept_values.float() + change).to(values.dtype)
+
+
+def _usual(squares: torch.Tensor) -> torch.Tensor:
+    """The geometric mean over the last dimension: a few tokens that all queries attend to hardly move it.
+
+    What is 0 is left out, and what is next to nothing counts as a share of the mean.
+    """
+    is_counted = squares > 0
+    count = is_counted.sum(dim=-1).clamp_min(1)
+    least = LEAST_SHARE * squares.sum(dim=-1, keepdim=True) / count.unsqueeze(-1)
+    logarithms = torch.maximum(squares, least).log().where(is_counted, 0)
+    return (logarithms.sum(dim=-1) / count).exp()
 
 
 def _conjugate_gradients(gram: torch.Tensor, penalty: torch.Tensor, right: torch.Tensor, steps: int) -> torch.Tensor:

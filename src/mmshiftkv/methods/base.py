@@ -12,9 +12,9 @@ from ..model.queries import AttentionLayer
 class Method(ABC):
     """A way to score the tokens of a prompt.
 
-    A prompt is shown to `observe` in one piece or, when it is prefilled in chunks, in several; `score` then gets what
-    the last call returned.  A method keeps nothing of a prompt in itself, so that one object serves all layers, prompts
-    and copies of a cache.
+    A prompt is shown to `observe` in one piece or, when it is prefilled in chunks, in several.  When it is complete,
+    `prepare` gets what the last call returned, and `score` and `refit` what `prepare` returned.  A method keeps nothing
+    of a prompt in itself, so that one object serves all layers, prompts and copies of a cache.
     """
 
     @property
@@ -29,15 +29,25 @@ class Method(ABC):
     def observe(self, layer: AttentionLayer, inputs: LayerInput, earlier: Any) -> Any:
         """What `score` will need of these tokens and of the earlier ones (`earlier` is None at first)."""
 
-    @abstractmethod
-    def score(
-        self, layer: AttentionLayer, summary: Any, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Scores (B, H_kv, T) float32, not negative, higher is better.
+    def prepare(self, layer: AttentionLayer, summary: Any, valid: torch.Tensor | None) -> Any:
+        """What `score` and `refit` both need of a complete prompt; by default what `observe` returned for it.
 
         Args:
             layer: the attention layer.
             summary: what `observe` returned for the whole prompt.
+            valid: (B, T) bool, False for padding; None when there is none.
+        """
+        return summary
+
+    @abstractmethod
+    def score(
+        self, layer: AttentionLayer, summary: Any, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Scores (B, H_kv, T) float32, not negative, higher is better; a score that is not finite comes last.
+
+        Args:
+            layer: the attention layer.
+            summary: what `prepare` returned.
             keys, values: (B, H_kv, T, D), keys rotated.
             valid: (B, T) bool, False for padding; None when there is none.
         """

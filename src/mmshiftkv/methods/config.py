@@ -14,7 +14,13 @@ _LLAVA = {"num_groups": 16, "stats_window": 512, "last_token_layers": 2}
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {"llava": _LLAVA, "llava_next": _LLAVA}
 
 # Found on generated documents with the embedded model, see examples/benchmarks/results/variations.md.
-PRESETS: dict[str, dict[str, Any]] = {"published": {}, "small-budget": {"mass": 0.5}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "value-aware": {"score": "values", "last_query_weight": 4.0, "refit_queries": 512},
+    "small-budget": {"mass": 0.5},
+}
+SCORES = ("votes", "values")
+_FINITE = "a finite number >= 0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +34,12 @@ class ShiftKVConfig:
             decoder layers, or a sequence with one for each (kept as a tuple), such as `Calibration.gamma()`.
         num_proxies: proxies N, a multiple of `num_groups`.
         num_groups: groups G, each of which votes.
-        mass: share of a group's attention mass that its votes must hold, in (0, 1].
+        score: "votes" of the groups, as published, or "values": what a token's value gives to the proxies' outputs.
+        mass: with "votes", share of a group's attention mass that its votes must hold, in (0, 1].
+        last_query_weight: with "values", factor on what a token gives to the last prompt token's own query, >= 0.
+        refit_queries: the kept values are refitted so that at least so many proxies of each KV head, those of its query
+            heads together, get what the whole prompt gave them.  0: values are stored as they are.
+        refit_ridge: penalty on changed values, in units of the squared attention to a usual kept token, > 0.
         stats_window: statistics come from the last so many tokens; None: from all.
         future_stride: distance in positions between the proxies of a group; None: `num_groups`.
         last_token_layers: so many first layers use the last token's hidden state at the next 16 positions as proxies,
@@ -50,7 +61,11 @@ class ShiftKVConfig:
     gamma: float | Sequence[float] = 10.0
     num_proxies: int = 512
     num_groups: int = 32
+    score: str = "votes"
     mass: float = 0.95
+    last_query_weight: float = 1.0
+    refit_queries: int = 0
+    refit_ridge: float = 3.0
     stats_window: int | None = None
     future_stride: int | None = None
     last_token_layers: int = 0
@@ -63,13 +78,17 @@ class ShiftKVConfig:
     def __post_init__(self) -> None:
         check_budget(self.budget)
         object.__setattr__(self, "gamma", checked_gamma(self.gamma))  # a list would make the config unhashable
+        check_choice("score", self.score, SCORES)
         check_mass(self.mass)
+        check_real("last_query_weight", self.last_query_weight, lambda value: 0 <= value < math.inf, _FINITE)
+        check_real("refit_ridge", self.refit_ridge, lambda value: 0 < value < math.inf, "a finite number > 0")
         for name in ("num_proxies", "num_groups"):
             check_integer(name, getattr(self, name), minimum=1)
         for name in ("stats_window", "future_stride"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), minimum=1)
-        check_integer("last_token_layers", self.last_token_layers, minimum=0)
+        for name in ("last_token_layers", "refit_queries"):
+            check_integer(name, getattr(self, name), minimum=0)
         check_integer("seed", self.seed, minimum=0, maximum=2**32 - 1)
         if self.num_proxies % self.num_groups:
             raise ValueError(f"num_proxies={self.num_proxies} must be a multiple of num_groups={self.num_groups}")
@@ -82,8 +101,9 @@ class ShiftKVConfig:
 
         Args:
             model: the model.
-            preset: "published", or "small-budget" for budgets that are too small for what the prompt is asked about:
-                groups vote for the tokens with half of their mass, not with 95 % of it.
+            preset: "published"; "value-aware", which counts values and refits those that are kept; or "small-budget"
+                for budgets that are too small for what the prompt is asked about: groups vote for the tokens with half
+                of their mass, not with 95 % of it.
             settings: fields of the config.
 
         Raises:
@@ -127,7 +147,7 @@ def checked_gamma(gamma: Any) -> Any:
     Raises:
         TypeError, ValueError: unless each is a finite number >= 0, and there is at least one.
     """
-    allowed = "a finite number >= 0"
+    allowed = _FINITE
     if isinstance(gamma, str | bytes) or not isinstance(gamma, Sequence):
         check_real("gamma", gamma, lambda value: 0 <= value < math.inf, f"{allowed}, or one for each decoder layer")
         return gamma

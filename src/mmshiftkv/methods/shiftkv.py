@@ -1,10 +1,11 @@
-"""MM-ShiftKV: the attention of query proxies as a score for each token of a prompt."""
+"""MM-ShiftKV: query proxies, and what a prompt's tokens give to them."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
-from shiftkv_kernels import draw_samples, group_mass, token_statistics, vote
+from shiftkv_kernels import attend, draw_samples, group_mass, refit_values, token_statistics, value_scores, vote
 
 from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
@@ -12,6 +13,8 @@ from .base import Method
 from .config import ShiftKVConfig
 
 LAST_TOKEN_PROXIES = 16
+# Of the conjugate gradients; on the embedded model two of them are as good as the solution.
+REFIT_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,26 @@ class PromptSummary:
 
 
 @dataclass(frozen=True)
+class Proxies:
+    """The queries that score a prompt (method, steps 1 to 3).
+
+    Attributes:
+        queries: (B, H, N, D), rotated; those of one group are neighbours.
+        last_query: (B, H, 1, D), the rotated query of the last prompt token.
+        groups: how many groups there are.
+    """
+
+    queries: torch.Tensor
+    last_query: torch.Tensor
+    groups: int
+
+
+@dataclass(frozen=True)
 class ShiftKV(Method):
-    """MM-ShiftKV (Findings of ACL 2026): votes by the attention of variance-expanded query proxies.
+    """MM-ShiftKV (Findings of ACL 2026): scores by the attention of variance-expanded query proxies.
+
+    As published, groups of proxies vote for the tokens that they attend to.  With `score="values"` a token counts by
+    what it gives to the proxies' outputs, and the kept values can be refitted ("Counting values" in docs/method.md).
 
     Attributes:
         config: the settings; what concerns budget and storage is not looked at.
@@ -44,73 +65,113 @@ class ShiftKV(Method):
         # Only the hidden states are this layer's own: a view would keep all of them alive.
         return PromptSummary(means, squares, replace(last, hidden_states=last.hidden_states.clone()))
 
+    def prepare(self, layer: AttentionLayer, summary: PromptSummary, valid: torch.Tensor | None) -> Proxies:
+        """Rotated proxies and last query (method, steps 1 to 3)."""
+        config = self.config
+        last = summary.last
+        if layer.index < config.last_token_layers:
+            groups, stride = 1, 1
+            hidden_states = last.hidden_states.expand(-1, LAST_TOKEN_PROXIES + 1, -1)
+        else:
+            groups, stride = config.num_groups, config.future_stride or config.num_groups
+            hidden_states = self._samples(layer.index, summary, valid)
+        # One projection makes the proxies and the last token's own query.
+        queries = layer.project_queries(hidden_states)
+        rotated, last_query = layer.rotate_ahead(
+            queries[:, :, :-1],
+            queries[:, :, -1:],
+            last.cos,
+            last.sin,
+            count=(queries.shape[2] - 1) // groups,
+            stride=stride,
+            backend=config.backend,
+        )
+        return Proxies(rotated, last_query, groups)
+
     def score(
         self,
         layer: AttentionLayer,
-        summary: PromptSummary,
+        summary: Proxies,
         keys: torch.Tensor,
         values: torch.Tensor,
         valid: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Votes plus the last query's attention mass (method, step 6)."""
-        mass, last_mass = self.attention_mass(layer, summary, keys, valid)
-        return vote(mass, self.config.mass, backend=self.config.backend) + last_mass
+        """Votes plus the last query's mass (method, steps 4 to 6), or what tokens give ("Counting values")."""
+        if self.config.score == "votes":
+            mass, last_mass = self.attention_mass(layer, summary, keys, valid)
+            return vote(mass, self.config.mass, backend=self.config.backend) + last_mass
+        return value_scores(
+            summary.queries.to(keys.dtype),
+            summary.last_query.to(keys.dtype),
+            keys,
+            values,
+            scaling=layer.scaling,
+            last_weight=self.config.last_query_weight,
+            valid=valid,
+            backend=self.config.backend,
+        )
 
     def attention_mass(
-        self, layer: AttentionLayer, summary: PromptSummary, keys: torch.Tensor, valid: torch.Tensor | None
+        self, layer: AttentionLayer, summary: Proxies, keys: torch.Tensor, valid: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mass of each group and of the last query, as `group_mass` gives them (method, steps 1 to 4)."""
-        proxies, last_query, num_groups = self.queries(layer, summary, valid)
+        """The mass of each group and of the last query, as `group_mass` gives them (method, step 4)."""
         # Under autocast the model's own projections have another dtype than its keys.
         return group_mass(
-            proxies.to(keys.dtype),
-            last_query.to(keys.dtype),
+            summary.queries.to(keys.dtype),
+            summary.last_query.to(keys.dtype),
             keys,
-            num_groups=num_groups,
+            num_groups=summary.groups,
             scaling=layer.scaling,
             valid=valid,
             backend=self.config.backend,
         )
 
-    def queries(
-        self, layer: AttentionLayer, summary: PromptSummary, valid: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Rotated proxies (B, H, N, D) and last query (B, H, 1, D), and the number of groups (method, steps 1 to 3)."""
+    def refit(
+        self,
+        layer: AttentionLayer,
+        summary: Proxies,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        kept: torch.Tensor,
+        valid: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """Values with which the kept tokens give proxies what the prompt gave them ("Counting values", step 8)."""
         config = self.config
-        last = summary.last
-        if layer.index < config.last_token_layers:
-            num_groups, stride = 1, 1
-            hidden_states = last.hidden_states.expand(-1, LAST_TOKEN_PROXIES, -1)
-        else:
-            num_groups, stride = config.num_groups, config.future_stride or config.num_groups
-            hidden_states = self._samples(layer.index, summary, valid)
-        # One projection makes the proxies and the last token's own query.
-        queries = layer.project_queries(torch.cat([hidden_states, last.hidden_states], dim=1))
-        count = hidden_states.shape[1] // num_groups
-        proxies, last_query = layer.rotate_ahead(
-            queries[:, :, :-1],
-            queries[:, :, -1:],
-            last.cos,
-            last.sin,
-            count=count,
-            stride=stride,
+        if not config.refit_queries:
+            return None
+        heads_each = summary.queries.shape[1] // keys.shape[1]
+        # A power of two fills the kernels' tiles.
+        count = 1 << (math.ceil(config.refit_queries / heads_each) - 1).bit_length()
+        queries = summary.queries[:, :, :count].to(keys.dtype)
+        outputs = attend(queries, keys, values, scaling=layer.scaling, valid=valid, backend=config.backend)
+        return refit_values(
+            queries,
+            outputs,
+            keys,
+            values,
+            kept,
+            scaling=layer.scaling,
+            ridge=config.refit_ridge,
+            steps=REFIT_STEPS,
+            valid=valid,
             backend=config.backend,
         )
-        return proxies, last_query, num_groups
 
     def _samples(self, index: int, summary: PromptSummary, valid: torch.Tensor | None) -> torch.Tensor:
+        """(B, N + 1, d): the samples, and behind them the last token's state."""
         config = self.config
-        hidden_states = summary.last.hidden_states
+        last = summary.last.hidden_states
         return draw_samples(
             summary.token_means,
             summary.token_squares,
             count=config.num_proxies,
-            features=hidden_states.shape[-1],
+            features=last.shape[-1],
             gamma=config.gamma_of(index),
             seed=config.seed,
             stream=index,
-            dtype=hidden_states.dtype,
+            dtype=last.dtype,
             valid=valid,
             window=config.stats_window,
+            last=last,
             backend=config.backend,
         )
