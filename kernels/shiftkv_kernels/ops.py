@@ -240,19 +240,31 @@ def vote(mass: torch.Tensor, threshold: float, *, backend: str = "auto") -> torc
 
 
 def keep_best(
-    scores: torch.Tensor, count: int, valid: torch.Tensor | None = None, *, backend: str = "auto"
+    scores: torch.Tensor,
+    count: int,
+    valid: torch.Tensor | None = None,
+    *,
+    not_finite: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
-    """The last token and the `count` - 1 others with the highest scores, (B, H_kv, count) int64, ascending."""
+    """The last token and the `count` - 1 others with the highest scores, (B, H_kv, count) int64, ascending.
+
+    Where a score is not finite, `not_finite` (1,) is set to True.
+    """
     check_shape("scores", scores, "(B, H_kv, T)", (None, None, None))
     check_dtype("scores", scores, torch.float32)
     check_valid(valid, "scores", scores, scores.shape[0], scores.shape[2])
     if not 1 <= count <= scores.shape[2]:
         raise ValueError(f"count={count!r} must be from 1 to the {scores.shape[2]} tokens of scores")
+    if not_finite is not None:
+        check_shape("not_finite", not_finite, "(1,)", (1,))
+        check_dtype("not_finite", not_finite, torch.bool)
+        check_device("not_finite", not_finite, "scores", scores)
     if takes_triton(backend, scores.device):
         from .fused.keep_best import keep_best as fused
 
-        return fused(scores, count, valid)
-    return reference.keep_best(scores, count, valid)
+        return fused(scores, count, valid, not_finite=not_finite)
+    return reference.keep_best(scores, count, valid, not_finite=not_finite)
 
 
 def gather(

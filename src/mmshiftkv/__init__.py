@@ -8,7 +8,7 @@ from .decode.backend import decoding_backend
 from .decode.loop import decode_ahead
 from .methods.base import Method
 from .methods.config import ShiftKVConfig
-from .methods.selection import select_tokens
+from .methods.selection import refit_values, select_tokens
 from .model.arguments import CACHE_ARGUMENT
 from .model.hooks import LayerInput
 from .registry import (
@@ -46,6 +46,7 @@ __all__ = [
     "draw_heatmap",
     "make_cache",
     "measure_statistics",
+    "refit_values",
     "register_method",
     "select_tokens",
     "visual_token_map",

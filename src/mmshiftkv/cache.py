@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .checks import BACKENDS, check_budget, check_choice, check_prefill
+from .finite import FiniteCheck
 from .methods.base import Method, check_method
 from .model.decoder import Decoder, text_decoder
 from .model.generation import GenerateCall, generate_call, is_compiling_prefill
@@ -98,6 +99,7 @@ class PrefillSelectionCache(DynamicCache):
         # None as soon as the prompt has been selected from: then every token is stored.
         self._prefill: Prefill | None = Prefill(self._settings, self._decoder, self._hooks, self._method, self._storage)
         self._prompt_ids: torch.Tensor | None = None
+        self._finite: FiniteCheck | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PrefillSelectionCache":
         twin = type(self).__new__(type(self))
@@ -124,6 +126,7 @@ class PrefillSelectionCache(DynamicCache):
 
     def report(self) -> CacheReport:
         """Tokens seen and stored, bytes stored and saved, by layer and in all; prints as a table."""
+        self._warn_of_numbers()
         return report_of(self.layers)
 
     @property
@@ -149,6 +152,7 @@ class PrefillSelectionCache(DynamicCache):
             self._prompt_ids = None if call is None else call.ids
             self._prefill.begin_pass(self, tokens, call)
         else:
+            self._warn_of_numbers()
             if tokens > 1:
                 self._check_turn(tokens, generate_call(self))
             self._storage.reserve(tokens)
@@ -178,8 +182,19 @@ class PrefillSelectionCache(DynamicCache):
                 layer_idx, self.layers[layer_idx], key_states.detach(), value_states.detach()
             )
         if self._prefill.is_over:
-            self._prefill = None
+            self._leave_prefill()
         return attended
+
+    def _leave_prefill(self) -> None:
+        assert self._prefill is not None
+        self._finite, self._prefill = self._prefill.finite, None
+        self._finite.end_prompt()
+        self._warn_of_numbers()
+
+    def _warn_of_numbers(self) -> None:
+        """Warns of a prompt with numbers that are not finite as soon as that is known."""
+        if self._finite is not None and self._finite.warn():
+            self._finite = None
 
     @torch.no_grad()
     def end_prompt(self) -> None:
@@ -191,7 +206,7 @@ class PrefillSelectionCache(DynamicCache):
         if self._prefill is not None and self._prefill.is_collecting:
             for index in self._selected:
                 self.layers[index] = self._prefill.finish(index, self.layers[index])
-            self._prefill = None
+            self._leave_prefill()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens; `tokens_to_remove` is their number, negative.

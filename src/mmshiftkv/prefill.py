@@ -18,6 +18,7 @@ import torch
 from shiftkv_kernels import keep_best
 
 from .checks import tokens_to_keep
+from .finite import FiniteCheck
 from .methods.base import Method, checked_scores, checked_values
 from .model.decoder import Decoder
 from .model.generation import GenerateCall
@@ -54,6 +55,9 @@ class Prefill:
         hooks: show what the layers see.
         method: scores the prompt's tokens.
         storage: takes over what is kept.
+
+    Attributes:
+        finite: whether the scores so far were.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Prefill:
         self._ended = 0
         self._padding: PromptPadding | None = None
         self._summaries: dict[int, Any] = {}
+        self.finite = FiniteCheck()
 
     @property
     def is_collecting(self) -> bool:
@@ -220,7 +225,8 @@ class Prefill:
             attention = self._decoder.attention[index]
             summary = self._method.prepare(attention, self._summaries[index], valid)
             scores = checked_scores(self._method, self._method.score(attention, summary, keys, values, valid), keys)
-            kept = keep_best(scores, count, valid, backend=self._settings.backend)
+            not_finite = self.finite.flag(keys.device)
+            kept = keep_best(scores, count, valid, not_finite=not_finite, backend=self._settings.backend)
             refitted = self._method.refit(attention, summary, keys, values, kept, valid)
             refitted = checked_values(self._method, refitted, values, kept)
         self._summaries.pop(index, None)

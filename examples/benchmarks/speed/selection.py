@@ -323,7 +323,7 @@ def _measure_method(layers: list[Layer], method: str, repeats: int, rates: tuple
     shapes, device, (batch, tokens) = first.shapes, first.states.device, first.states.shape[:2]
 
     def time_of(name: str, *arguments: Any, graph: bool = True) -> float:
-        calls = [partial(getattr(layer, name), *arguments) for layer in layers]
+        calls: list[Callable[[], Any]] = [partial(getattr(layer, name), *arguments) for layer in layers]
         return milliseconds(calls, device, graph=graph, repeats=repeats)
 
     eager = time_of("select", method, graph=False)
@@ -367,7 +367,7 @@ def table(rows: Sequence[Row]) -> str:
     """One line a row: milliseconds of the whole selection and of what stands beside it; MiB."""
     header = ["method", "budget", "batch", "tokens", "eager", "graph", "launches", "extra MiB", "topk"]
     header += ["full attention", "its MiB", "floor: products", "floor: bytes"]
-    cells = [
+    cells: list[list[str]] = [
         [
             *(row.method, str(row.budget), str(row.batch), str(row.tokens), f"{row.eager:.3f}", f"{row.selection:.3f}"),
             *(_shown(row.launches, "d"), f"{row.extra_memory:.1f}", _shown(row.topk, ".4f")),
@@ -382,7 +382,7 @@ def table(rows: Sequence[Row]) -> str:
 def steps_table(rows: Sequence[Row]) -> str:
     """One line a row: milliseconds of each step; a dash where a method has no such step."""
     names = list(dict.fromkeys(step for row in rows for step in row.steps))
-    cells = [
+    cells: list[list[str]] = [
         [
             *(row.method, str(row.budget), str(row.batch), str(row.tokens)),
             *(_shown(row.steps.get(name), ".4f") for name in names),

@@ -15,6 +15,7 @@ def _keep_best_kernel(
     p_scores,
     p_valid,
     p_kept,
+    p_not_finite,
     T,
     C,
     H_KV,
@@ -34,6 +35,8 @@ def _keep_best_kernel(
     target = tl.cast(C - 1, tl.float32)
     rank, index = find_cut(ranks, weights, p_row, p_valid, T, target, low, high, BLOCK, True, RESIDENT)
     written = tl.cast(0, tl.int32)
+    least = 0 if p_valid is None else T  # the rank of what is not finite
+    is_finite = tl.load(p_row + T - 1) < float("inf")
     for start in range(0, T, PIECE):
         t = start + tl.arange(0, PIECE)
         piece, _ = load_ranks(p_row, p_valid, start, T, PIECE, True)
@@ -41,20 +44,37 @@ def _keep_best_kernel(
         place = written + tl.cumsum(is_kept, 0) - 1
         tl.store(p_out + place, tl.cast(t, tl.int64), mask=is_kept != 0)
         written += tl.sum(is_kept, 0)
+        is_finite &= tl.sum(tl.where(piece == least, 1, 0), 0) == 0
     tl.store(p_out + C - 1, tl.cast(T - 1, tl.int64))
+    if p_not_finite is not None:
+        # All rows that store anything store the same.
+        tl.store(p_not_finite, tl.cast(1, tl.uint8), mask=is_finite == 0)
 
 
-def keep_best(scores: torch.Tensor, count: int, valid: torch.Tensor | None = None) -> torch.Tensor:
+def keep_best(
+    scores: torch.Tensor,
+    count: int,
+    valid: torch.Tensor | None = None,
+    *,
+    not_finite: torch.Tensor | None = None,
+) -> torch.Tensor:
     """As `reference.keep_best`, on a GPU."""
     batch, kv_heads, tokens = scores.shape
-    if count == 1:
-        return scores.new_full((batch, kv_heads, 1), tokens - 1, dtype=torch.int64)
     scores = scores.contiguous()
     mask = None if valid is None else valid.contiguous().view(torch.uint8)
     kept = scores.new_empty((batch, kv_heads, count), dtype=torch.int64)
     options = row_options(tokens)
     with torch.cuda.device_of(scores):
         _keep_best_kernel[(batch * kv_heads,)](
-            scores, mask, kept, tokens, count, kv_heads, tokens, PIECE=min(options["BLOCK"], _PIECE), **options
+            scores,
+            mask,
+            kept,
+            None if not_finite is None else not_finite.view(torch.uint8),
+            tokens,
+            count,
+            kv_heads,
+            tokens,
+            PIECE=min(options["BLOCK"], _PIECE),
+            **options,
         )
     return kept

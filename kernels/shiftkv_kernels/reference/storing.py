@@ -5,7 +5,13 @@ import torch
 from .attention import finite
 
 
-def keep_best(scores: torch.Tensor, count: int, valid: torch.Tensor | None = None) -> torch.Tensor:
+def keep_best(
+    scores: torch.Tensor,
+    count: int,
+    valid: torch.Tensor | None = None,
+    *,
+    not_finite: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The last token and the `count - 1` others with the highest scores (method, step 6).
 
     Of tokens with equal scores the earlier one is kept; scores that are not finite come last.  Padding is kept only
@@ -16,12 +22,16 @@ def keep_best(scores: torch.Tensor, count: int, valid: torch.Tensor | None = Non
         scores: (B, H_kv, T) float32, not negative.
         count: tokens to keep, from 1 to T.
         valid: (B, T) bool, left-padded; None when there is no padding.
+        not_finite: (1,) bool, set to True if a token that is no padding has a score that is not finite.
 
     Returns:
         (B, H_kv, count) int64, ascending.
     """
     tokens = scores.shape[-1]
-    scores = scores.where(scores.isfinite(), -0.5)
+    is_finite = scores.isfinite()
+    if not_finite is not None:
+        not_finite |= (~is_finite if valid is None else ~is_finite & valid[:, None]).any()
+    scores = scores.where(is_finite, -0.5)
     if valid is not None:
         # From -T to -1, below all scores.
         nearness = torch.arange(tokens, device=scores.device, dtype=scores.dtype) - tokens
