@@ -60,7 +60,7 @@ def given_shares(mass: Array) -> Array:
 def value_scores(
     proxies: Array, last_query: Array, keys: Array, values: Array, valid: Array, scaling: float, last_weight: float
 ) -> Array:
-    """ "Counting values", steps 4 to 6, for one KV head: proxies (r, N, D), last_query (r, 1, D), values (T, D_v)."""
+    """Steps 7 and 8 for one KV head: proxies (r, N, D), last_query (r, 1, D), values (T, D_v)."""
     rows = [row for head in proxies for row in head]
     by_proxy = np.stack([softmax(np.where(valid, keys @ row * scaling, -np.inf)) for row in rows])
     by_last = np.stack([softmax(np.where(valid, keys @ head[0] * scaling, -np.inf)) for head in last_query])
@@ -72,7 +72,7 @@ def value_scores(
 def refitted(
     queries: Array, keys: Array, values: Array, chosen: list[int], valid: Array, scaling: float, ridge: float
 ) -> Array:
-    """ "Counting values", step 8, for one KV head: queries (r, n, D) -> the values of the chosen tokens, solved."""
+    """Step 9 for one KV head: queries (r, n, D) -> the values of the chosen tokens, solved."""
     rows = [row for head in queries for row in head]
     whole = np.stack([softmax(np.where(valid, keys @ row * scaling, -np.inf)) for row in rows])
     part = np.stack([softmax(np.where(valid[chosen], keys[chosen] @ row * scaling, -np.inf)) for row in rows])

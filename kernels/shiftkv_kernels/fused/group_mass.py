@@ -153,7 +153,7 @@ def group_mass(
     """
     problem = problem_of(proxy_queries, last_query, keys, scaling, valid)
     gpu = gpu_of(keys.device)
-    first, second = tiles or choose_tiles(problem.constants["BLOCK_D"], keys.element_size(), gpu)
+    first, second = tiles or choose_tiles(problem.constants["BLOCK_D"], keys.element_size(), keys.shape[2], gpu)
     with torch.cuda.device_of(keys):
         shifts = log_sums(problem, first, gpu.multiprocessors)
         return _masses(problem, second, shifts, num_groups, gpu.multiprocessors)
