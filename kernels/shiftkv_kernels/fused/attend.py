@@ -20,8 +20,8 @@ _COMBINED_ROWS = 16
 
 @triton.jit
 def _add_tile(
-    b_q, p_q, m_rows, p_k, p_v, p_valid, start, end, m_t, largest, total, outputs, scale, stride_kt, stride_kd, stride_vt,
-    stride_vd, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D_V: tl.constexpr, EXACT: tl.constexpr,
+    b_q, p_q, m_rows, p_k, p_v, p_valid, start, end, m_t, largest, total, outputs, scale, stride_kt, stride_kd,
+    stride_vt, stride_vd, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D_V: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_T: tl.constexpr, FINITE: tl.constexpr,
 ):  # fmt: skip
     """One step of the running softmax, over a tile of tokens; `m_t` is None for a whole tile."""
