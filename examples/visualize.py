@@ -1,7 +1,7 @@
 """Draw which parts of an image, and which words of the question, stay in a compressed KV cache.
 
     python visualize.py --output heatmap.png
-    python visualize.py --methods shiftkv snapkv keydiff --budget 64 --layer 3
+    python visualize.py --methods value-aware shiftkv snapkv --budget 64 --layer 3
     python visualize.py --model Qwen/Qwen2.5-VL-7B-Instruct --image page.png --question "What is due?" --budget 128
 
 Each part of the image is coloured by how many KV heads keep its token, and each piece of the prompt's text as well.
@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 RIGHT, WRONG = "right answer", "wrong answer"
 MARKS = {RIGHT: "\u2713 ", WRONG: "\u2717 "}  # in the figure only: not every terminal has these letters
-SELECTING = [method for method in METHODS if method != "full"]
+VALUE_AWARE = "value-aware"
+SELECTING = [*(method for method in METHODS if method != "full"), VALUE_AWARE]
+NAMES = {**METHOD_NAMES, VALUE_AWARE: "ShiftKV, value-aware"}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -90,10 +92,11 @@ def draw(arguments: argparse.Namespace) -> "Figure":
 
     maps = {}
     for method in arguments.methods:
-        cache = make_cache(method, model, arguments.budget)
+        settings = {"preset": method} if method == VALUE_AWARE else {}
+        cache = make_cache("shiftkv" if settings else method, model, arguments.budget, **settings)
         label, text = answer_with(cache)
         token_map = visual_token_map(model, inputs, cache, layer=arguments.layer)
-        name = f"{METHOD_NAMES[method]}, budget {arguments.budget}"
+        name = f"{NAMES[method]}, budget {arguments.budget}"
         maps[f"{name}\n{MARKS.get(label, '')}{label}: {text}"] = token_map
         print(f"{name}, {label}: {text}; {100 * token_map.visual_share:.0f} % of the kept tokens are visual")
     label, text = answer_with(make_cache("full", model))

@@ -95,9 +95,10 @@ class MethodCache(PrefillSelectionCache):
         allowed = settings_of(self.method_type)
         unknown = sorted(set(settings) - set(allowed))
         if unknown:
-            raise TypeError(
-                f"unknown setting {', '.join(unknown)}; {self.method_type.__name__} has {', '.join(allowed) or 'none'}"
-            )
+            name, settings_there_are = self.method_type.__name__, ", ".join(allowed) or "none"
+            if any(setting.startswith("refit") for setting in unknown):
+                raise TypeError(f"{', '.join(unknown)}: {name} has no refit; its settings: {settings_there_are}")
+            raise TypeError(f"unknown setting {', '.join(unknown)}; {name} has {settings_there_are}")
         super().__init__(
             model,
             self.method_type(**settings),

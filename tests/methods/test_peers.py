@@ -318,6 +318,7 @@ def test_there_is_one_registry():
         (("expected_attention", 7), {"sinks": 7}, ValueError, "budget=7 must be at least 8"),
         (("snapkv", 64), {"windows": 3}, TypeError, "unknown setting windows; SnapKV has window, kernel_size"),
         (("keydiff", 64), {"window": 3}, TypeError, "unknown setting window; KeyDiff has none"),
+        (("snapkv", 64), {"refit_queries": 8}, TypeError, "refit_queries: SnapKV has no refit; its settings: window"),
         (("full", 64), {"window": 3}, TypeError, "unknown setting window; the full cache has none"),
         (("snapkv", 64), {"window": 0}, ValueError, "window=0 must be an int >= 1"),
         (("snapkv", 64), {"kernel_size": 4}, ValueError, "kernel_size=4 must be odd"),
