@@ -89,7 +89,7 @@ def test_it_is_the_statement_in_float64(backend, device):
     valid = problem.valid("cpu").numpy()
     for row, head in np.ndindex(2, 2):
         heads = slice(3 * head, 3 * head + 3)
-        expected = method.refitted(
+        refit = method.Refit.of(
             arrays[0][row, heads],
             arrays[1][row, head],
             arrays[2][row, head],
@@ -98,7 +98,7 @@ def test_it_is_the_statement_in_float64(backend, device):
             0.25,
             RIDGE,
         )
-        np.testing.assert_allclose(found[row, head].cpu().numpy(), expected, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(found[row, head].cpu().numpy(), refit.values(), rtol=1e-3, atol=1e-4)
 
 
 def missing(queries, outputs, keys, values, kept, refitted, *, scaling, valid):
