@@ -104,7 +104,7 @@ class ShiftKV(Method):
             summary.queries.to(keys.dtype),
             summary.last_query.to(keys.dtype),
             keys,
-            values,
+            values.to(keys.dtype),  # as under autocast, where rotation makes keys of another dtype
             scaling=layer.scaling,
             last_weight=self.config.last_query_weight,
             valid=valid,
@@ -143,12 +143,13 @@ class ShiftKV(Method):
         # A power of two fills the kernels' tiles.
         count = 1 << (math.ceil(config.refit_queries / heads_each) - 1).bit_length()
         queries = summary.queries[:, :, :count].to(keys.dtype)
-        outputs = attend(queries, keys, values, scaling=layer.scaling, valid=valid, backend=config.backend)
-        return refit_values(
+        given = values.to(keys.dtype)
+        outputs = attend(queries, keys, given, scaling=layer.scaling, valid=valid, backend=config.backend)
+        refitted = refit_values(
             queries,
             outputs,
             keys,
-            values,
+            given,
             kept,
             scaling=layer.scaling,
             ridge=config.refit_ridge,
@@ -156,6 +157,7 @@ class ShiftKV(Method):
             valid=valid,
             backend=config.backend,
         )
+        return refitted.to(values.dtype)
 
     def _samples(self, index: int, summary: PromptSummary, valid: torch.Tensor | None) -> torch.Tensor:
         """(B, N + 1, d): the samples, and behind them the last token's state."""
