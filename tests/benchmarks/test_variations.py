@@ -6,12 +6,17 @@ import pytest
 
 from benchmarks.quality import variations
 from benchmarks.quality.questions import DEVELOPMENT_SEED
-from benchmarks.quality.variation import Variation, all_variations
-from benchmarks.quality.variations_report import note
-from tiny_vlm.pages import HELD_OUT_SEED
+from benchmarks.quality.variation import Variation, variations_of
+from benchmarks.quality.variations_report import TITLES, note
+from benchmarks.quality.varied_values import VariedValues
+from mmshiftkv import PrefillSelectionCache, ShiftKVConfig
+from mmshiftkv.methods.shiftkv import ShiftKV
+from tiny_vlm.answering import answer, build_inputs
+from tiny_vlm.pages import HELD_OUT_SEED, held_out_examples
 
 RESULTS = Path(variations.__file__).parents[1] / "results"
 TEST_RECORD = str(RESULTS / "variations_test.json")
+RECORDS = {"published": "variations", "value-aware": "value_variations"}
 SMALL = ["--count", "2", "--batch-size", "2", "--device", "cpu", "--tasks", "lookup", "--budgets", "48", "8"]
 
 
@@ -25,10 +30,11 @@ def written(tmp_path_factory):
     return files
 
 
-def test_names_and_settings_are_distinct_and_every_one_makes_a_cache(tiny):
-    every = all_variations()
-    assert len({one.name for one in every}) == len({repr((one.settings, one.weights)) for one in every}) == len(every)
-    assert every[0] == Variation("published")
+@pytest.mark.parametrize("baseline", TITLES)
+def test_names_and_settings_are_distinct_and_every_one_makes_a_cache(baseline, tiny):
+    every = variations_of(baseline)
+    assert len({one.name for one in every}) == len({repr((one.preset, one.changes)) for one in every}) == len(every)
+    assert every[0] == Variation(baseline, preset=baseline)
     for one in every:
         one.make_cache(tiny[0], 64)
 
@@ -78,6 +84,7 @@ def test_the_note_has_a_row_for_each_variation_and_columns_for_each_run(written,
     ("options", "words"),
     [
         (["--only", "gama=1"], "invalid choice: 'gama=1'"),
+        (["--baseline", "value-aware", "--only", "mass=0.5"], "invalid choice: 'mass=0.5'"),
         (["--from", "nowhere.json", "--note", "note.md"], "--from: no such file: 'nowhere.json'"),
         (
             ["--from", str(RESULTS / "compare.json"), "--note", "note.md"],
@@ -97,15 +104,18 @@ def test_wrong_arguments_are_named(options, words, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_the_note_of_this_repository_is_that_of_its_records(tmp_path):
-    files = [str(RESULTS / f"variations_{name}.json") for name in ("development", "test")]
+@pytest.mark.parametrize("baseline", TITLES)
+def test_the_note_of_this_repository_is_that_of_its_records(baseline, tmp_path):
+    files = [str(RESULTS / f"{RECORDS[baseline]}_{name}.json") for name in ("development", "test")]
     variations.main(["--from", *files, "--note", str(tmp_path / "note.md")])
-    assert (tmp_path / "note.md").read_text(encoding="utf-8") == (RESULTS / "variations.md").read_text(encoding="utf-8")
+    recorded = (RESULTS / f"{RECORDS[baseline]}.md").read_text(encoding="utf-8")
+    assert (tmp_path / "note.md").read_text(encoding="utf-8") == recorded
 
 
-def test_the_records_of_this_repository_have_the_variations_of_the_script():
-    recorded = json.loads((RESULTS / "variations_development.json").read_text(encoding="utf-8"))
-    settings = {one.name: {**one.settings, **one.weights} for one in all_variations()}
+@pytest.mark.parametrize("baseline", TITLES)
+def test_the_records_of_this_repository_have_the_variations_of_the_script(baseline):
+    recorded = json.loads((RESULTS / f"{RECORDS[baseline]}_development.json").read_text(encoding="utf-8"))
+    settings = {one.name: one.changes for one in variations_of(baseline)}
     assert {result["variation"]: result["settings"] for result in recorded["results"]} == settings
 
 
@@ -113,3 +123,26 @@ def test_runs_without_a_note_are_refused(written, capsys):
     with pytest.raises(SystemExit):
         variations.main(["--from", str(written[0])])
     assert "--from needs --note" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["value-aware", "mass averaged over groups, votes", "refit to the last 8 tokens"])
+def test_value_aware_settings_are_varied_in_plain_torch(name, tiny, tmp_path):
+    options = ["--baseline", "value-aware", "--only", name, "--json", str(tmp_path / "run.json")]
+    variations.main([*SMALL, *options, "--note", str(tmp_path / "note.md")])
+    run = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert run["settings"]["baseline"] == "value-aware"
+    assert {result["variation"] for result in run["results"]} == {"value-aware", name}
+    assert "difference to `value-aware`" in (tmp_path / "note.md").read_text(encoding="utf-8")
+
+
+def test_nothing_varied_is_the_library_s_own_score(tiny):
+    model, processor = tiny
+    example = next(iter(held_out_examples(1, seed=3)))
+    inputs = build_inputs(processor, [example.image], [example.question])
+    config = ShiftKVConfig.for_model(model, budget=40, preset="value-aware")
+    caches = [PrefillSelectionCache(model, method(config), 40) for method in (ShiftKV, VariedValues)]
+    for cache in caches:
+        answer(model, processor, inputs, cache, 1)
+    for layer in range(len(caches[0].layers)):
+        kept, varied = (cache.kept_indices(layer) for cache in caches)
+        assert (kept[..., None] == varied[..., None, :]).any(-1).float().mean() >= 0.98  # ties

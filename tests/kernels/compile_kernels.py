@@ -23,6 +23,7 @@ from shiftkv_kernels.fused import (
     rotation,
     samples,
     search,
+    solve,
     tiles,
     token_statistics,
     value_scores,
@@ -112,12 +113,17 @@ def value_cases(capability: int) -> dict[str, Any]:
             (attend._attend_kernel, shape | exact | sizes, {"num_warps": choice.warps, "num_stages": choice.stages}),
             (
                 refit_values._missing_kernel,
-                shape | exact | {"BLOCK_Q": 64, "BLOCK_C": 32 if wide else 64},
+                shape | exact | {"BLOCK_Q": 64, "BLOCK_C": 32 if wide else 64, "FITS": not wide},
                 {"num_warps": 8 if wide else 4, "num_stages": 1},
             ),
             (value_scores._mean_output_kernel, values, {}),
             (value_scores._scores_kernel, values | {"PARTS": 9, "BLOCK_PARTS": 16}, {}),
-            (refit_values._solve_kernel, {"D_V": value_dim, "BLOCK_C": 64, "BLOCK_D": 16}, {}),
+            (solve._solve_kernel, {"D_V": value_dim, "BLOCK_C": 128, "BLOCK_D": 16}, {"num_warps": 8}),
+            (
+                solve._solve_in_blocks_kernel,
+                {"D_V": value_dim, "BLOCK_C": 256, "BLOCK_K": 32, "BLOCK_D": 16},
+                {"num_warps": 8},
+            ),
         )
         for kernel, constants, options in cases:
             name = f"{kernel.__name__} {dtype} {head_dim}"

@@ -11,7 +11,6 @@ from tqdm import tqdm
 from benchmarks.quality.questions import question_batches
 from benchmarks.quality.scoring import anls, estimate, exact_match
 from benchmarks.quality.variation import Variation
-from benchmarks.quality.variations_report import PUBLISHED
 from tiny_vlm.answering import MAX_NEW_TOKENS, answer
 
 Scores = dict[tuple[str, int], dict[str, list[tuple[float, float]]]]  # exact match and ANLS of each answer, by task
@@ -46,8 +45,8 @@ def by_question(scores: Scores, name: str, budget: int) -> np.ndarray:
 
 
 def summarized(scores: Scores, variations: Sequence[Variation], budget: int) -> list[dict[str, Any]]:
-    """The figures of each variation at one budget, best mean exact match first."""
-    baseline = by_question(scores, PUBLISHED, budget)
+    """The figures of each variation at one budget, best mean exact match first; differences are to the first one."""
+    baseline = by_question(scores, variations[0].name, budget)
     results = []
     for variation in variations:
         exact = by_question(scores, variation.name, budget)
@@ -56,7 +55,7 @@ def summarized(scores: Scores, variations: Sequence[Variation], budget: int) -> 
             {
                 "variation": variation.name,
                 "budget": budget,
-                "settings": {**variation.settings, **variation.weights},
+                "settings": variation.changes,
                 "exact_match": asdict(estimate(exact.tolist())),
                 "difference": asdict(estimate((exact - baseline).tolist())),
                 "tasks": {

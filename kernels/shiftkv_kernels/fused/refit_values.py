@@ -2,7 +2,7 @@
 
 1. The queries' attention to the kept tokens, and what these do not give them of their outputs.
 2. The products of that attention with itself and with what is missing.
-3. Conjugate gradients, for a few features at a time.
+3. Conjugate gradients (solve.py).
 """
 
 import math
@@ -11,13 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference.values import LEAST_SHARE as _LEAST_SHARE
-from .finite import finite, load_finite, load_rows
+from .finite import load_finite, load_rows
 from .log_sums import LARGEST_LOGIT, LOWEST
 from .products import tile_products
+from .solve import MOST_ON_CHIP, solve
 
-LEAST_SHARE = tl.constexpr(_LEAST_SHARE)
-_ROWS, _KEPT, _FEATURES, _PRODUCTS = 64, 64, 16, 32
+_ROWS, _KEPT = 64, 64  # queries and kept tokens of a tile of attention
+_FEW_PRODUCTS, _MANY_PRODUCTS = 32, 64  # rows and columns of a tile of products, where few or many tokens are kept
 
 
 @triton.jit
@@ -31,6 +31,31 @@ def _logits_of_kept(
     if p_valid is not None:
         m_c &= tl.load(p_valid + token, mask=m_c, other=0) != 0
     return tl.where(m_c[None, :] & (tl.abs(logits) < LARGEST_LOGIT), logits * scale, float("-inf"))
+
+
+@triton.jit
+def _log_sum(logits, largest, total):
+    """One step of a running log-sum-exp over the columns of logits in base 2."""
+    larger = tl.maximum(largest, tl.max(logits, 1))
+    return larger, total * tl.exp2(largest - larger) + tl.sum(tl.exp2(logits - larger[:, None]), 1)
+
+
+@triton.jit
+def _shift(largest, total):
+    return tl.where(total > 0, largest + tl.log2(total), 0.0)
+
+
+@triton.jit
+def _give(
+    logits, shift, given, p_attention, p_kept, p_v, c, m_rows, C, stride_vt, stride_vd,
+    D_V: tl.constexpr, BLOCK_D_V: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Stores the attention to the kept tokens c, and adds what they give."""
+    weights = tl.exp2(logits - shift[:, None])
+    tl.store(p_attention + c[None, :], weights, mask=m_rows[:, None] & (c < C)[None, :])
+    token = tl.load(p_kept + c, mask=c < C, other=0)
+    b_v = tl.cast(load_finite(p_v, token, c < C, stride_vt, stride_vd, D_V, BLOCK_D_V), tl.float32)
+    return tl.dot(weights, b_v, given, input_precision="ieee" if EXACT else "tf32x3")
 
 
 @triton.jit(do_not_specialize=["C", "stride_mb"])
@@ -65,6 +90,7 @@ def _missing_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_D_V: tl.constexpr,
     EXACT: tl.constexpr,
+    FITS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -84,25 +110,31 @@ def _missing_kernel(
     p_kept += pair * C
     if p_valid is not None:
         p_valid += batch * stride_mb
-    largest = tl.full([BLOCK_Q], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
-    for start in range(0, C, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        logits = _logits_of_kept(b_q, p_q, m_rows, p_k, p_kept, p_valid, c, C, stride_kt, stride_kd, scale, D)
-        larger = tl.maximum(largest, tl.max(logits, 1))
-        total = total * tl.exp2(largest - larger) + tl.sum(tl.exp2(logits - larger[:, None]), 1)
-        largest = larger
-    shift = tl.where(total > 0, largest + tl.log2(total), 0.0)
     given = tl.zeros([BLOCK_Q, BLOCK_D_V], tl.float32)
     p_attention += (pair * R * N + row)[:, None] * C
-    for start in range(0, C, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        logits = _logits_of_kept(b_q, p_q, m_rows, p_k, p_kept, p_valid, c, C, stride_kt, stride_kd, scale, D)
-        weights = tl.exp2(logits - shift[:, None])
-        tl.store(p_attention + c[None, :], weights, mask=m_rows[:, None] & (c < C)[None, :])
-        token = tl.load(p_kept + c, mask=c < C, other=0)
-        b_v = tl.cast(load_finite(p_v, token, c < C, stride_vt, stride_vd, D_V, BLOCK_D_V), tl.float32)
-        given = tl.dot(weights, b_v, given, input_precision="ieee" if EXACT else "tf32x3")
+    block = tl.arange(0, BLOCK_C)
+    if FITS:
+        logits = _logits_of_kept(b_q, p_q, m_rows, p_k, p_kept, p_valid, block, C, stride_kt, stride_kd, scale, D)
+        shift = _log_sum(logits, tl.full([BLOCK_Q], LOWEST, tl.float32), tl.zeros([BLOCK_Q], tl.float32))
+        given = _give(
+            logits, _shift(shift[0], shift[1]), given, p_attention, p_kept, p_v, block, m_rows, C, stride_vt, stride_vd,
+            D_V, BLOCK_D_V, EXACT,
+        )  # fmt: skip
+    else:
+        largest = tl.full([BLOCK_Q], LOWEST, tl.float32)
+        total = tl.zeros([BLOCK_Q], tl.float32)
+        for start in range(0, C, BLOCK_C):
+            c = start + block
+            logits = _logits_of_kept(b_q, p_q, m_rows, p_k, p_kept, p_valid, c, C, stride_kt, stride_kd, scale, D)
+            largest, total = _log_sum(logits, largest, total)
+        shift = _shift(largest, total)
+        for start in range(0, C, BLOCK_C):
+            c = start + block
+            logits = _logits_of_kept(b_q, p_q, m_rows, p_k, p_kept, p_valid, c, C, stride_kt, stride_kd, scale, D)
+            given = _give(
+                logits, shift, given, p_attention, p_kept, p_v, c, m_rows, C, stride_vt, stride_vd, D_V, BLOCK_D_V,
+                EXACT,
+            )  # fmt: skip
     outputs = load_rows(p_outputs + pair * R * N * D_V, row, m_rows, D_V, 1, D_V, BLOCK_D_V)
     d_v = tl.arange(0, BLOCK_D_V)
     p_out = p_missing + (pair * R * N + row)[:, None] * D_V + d_v[None, :]
@@ -146,117 +178,6 @@ def _products_kernel(
     tl.store(p_out, products, mask=(left < C)[:, None] & (right < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["C"])
-def _solve_kernel(
-    p_gram,
-    p_residual,
-    p_direction,
-    p_product,
-    p_change,
-    p_values,
-    p_kept,
-    p_refitted,
-    C,
-    H_KV,
-    ridge,
-    steps,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_vd,
-    D_V: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Conjugate gradients for BLOCK_D features; at first `p_residual` holds the right side.
-
-    A barrier stands wherever threads read what others wrote.
-    """
-    pair = tl.cast(tl.program_id(1), tl.int64)
-    batch, kv_head = pair // H_KV, pair % H_KV
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    block = tl.arange(0, BLOCK_C)
-    p_gram += pair * C * C
-    o_pair = pair * C * D_V + d[None, :]
-    size = tl.zeros([BLOCK_D], tl.float32)
-    trace = tl.zeros([BLOCK_C], tl.float32)
-    counts = tl.zeros([BLOCK_C], tl.float32)
-    for start in range(0, C, BLOCK_C):
-        c = start + block
-        offset = o_pair + tl.cast(c, tl.int64)[:, None] * D_V
-        mask = (c < C)[:, None] & (d < D_V)[None, :]
-        right = tl.load(p_residual + offset, mask=mask, other=0.0)
-        tl.store(p_direction + offset, right, mask=mask)
-        tl.store(p_change + offset, tl.zeros_like(right), mask=mask)
-        size += tl.sum(right * right, 0)
-        square = tl.load(p_gram + tl.cast(c, tl.int64) * (C + 1), mask=c < C, other=0.0)
-        trace += square
-        counts += tl.where(square > 0, 1.0, 0.0)
-    count = tl.maximum(tl.sum(counts, 0), 1.0)
-    least = LEAST_SHARE * tl.sum(trace, 0) / count
-    logarithms = tl.zeros([BLOCK_C], tl.float32)
-    for start in range(0, C, BLOCK_C):
-        c = start + block
-        square = tl.load(p_gram + tl.cast(c, tl.int64) * (C + 1), mask=c < C, other=0.0)
-        logarithms += tl.where(square > 0, tl.log(tl.maximum(square, least)), 0.0)
-    penalty = ridge * tl.exp(tl.sum(logarithms, 0) / count)
-    tl.debug_barrier()
-    for _ in range(steps):
-        curvature = tl.zeros([BLOCK_D], tl.float32)
-        for start in range(0, C, BLOCK_C):
-            c = start + block
-            offset = o_pair + tl.cast(c, tl.int64)[:, None] * D_V
-            mask = (c < C)[:, None] & (d < D_V)[None, :]
-            product = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
-            for other in range(0, C, BLOCK_C):
-                k = tl.cast(other + block, tl.int64)
-                m_k = k < C
-                p_tile = p_gram + tl.cast(c, tl.int64)[:, None] * C + k[None, :]
-                gram = tl.load(p_tile, mask=(c < C)[:, None] & m_k[None, :], other=0.0)
-                p_part = p_direction + o_pair + k[:, None] * D_V
-                part = tl.load(p_part, mask=m_k[:, None] & (d < D_V)[None, :], other=0.0)
-                product = tl.dot(gram, part, product, input_precision="tf32x3")
-            direction = tl.load(p_direction + offset, mask=mask, other=0.0)
-            product += penalty * direction
-            tl.store(p_product + offset, product, mask=mask)
-            curvature += tl.sum(direction * product, 0)
-        # Where nothing is left, or nothing is there, nothing changes.
-        length = tl.where(curvature > 0, size / tl.where(curvature > 0, curvature, 1.0), 0.0)[None, :]
-        tl.debug_barrier()
-        smaller = tl.zeros([BLOCK_D], tl.float32)
-        for start in range(0, C, BLOCK_C):
-            c = start + block
-            offset = o_pair + tl.cast(c, tl.int64)[:, None] * D_V
-            mask = (c < C)[:, None] & (d < D_V)[None, :]
-            direction = tl.load(p_direction + offset, mask=mask, other=0.0)
-            change = tl.load(p_change + offset, mask=mask, other=0.0) + length * direction
-            residual = tl.load(p_residual + offset, mask=mask, other=0.0)
-            residual -= length * tl.load(p_product + offset, mask=mask, other=0.0)
-            tl.store(p_change + offset, change, mask=mask)
-            tl.store(p_residual + offset, residual, mask=mask)
-            smaller += tl.sum(residual * residual, 0)
-        turn = tl.where(size > 0, smaller / tl.where(size > 0, size, 1.0), 0.0)[None, :]
-        size = smaller
-        tl.debug_barrier()
-        for start in range(0, C, BLOCK_C):
-            c = start + block
-            offset = o_pair + tl.cast(c, tl.int64)[:, None] * D_V
-            mask = (c < C)[:, None] & (d < D_V)[None, :]
-            residual = tl.load(p_residual + offset, mask=mask, other=0.0)
-            direction = residual + turn * tl.load(p_direction + offset, mask=mask, other=0.0)
-            tl.store(p_direction + offset, direction, mask=mask)
-        tl.debug_barrier()
-    p_v = p_values + batch * stride_vb + kv_head * stride_vh + tl.cast(d, tl.int64)[None, :] * stride_vd
-    for start in range(0, C, BLOCK_C):
-        c = start + block
-        offset = o_pair + tl.cast(c, tl.int64)[:, None] * D_V
-        mask = (c < C)[:, None] & (d < D_V)[None, :]
-        token = tl.load(p_kept + pair * C + c, mask=c < C, other=0)
-        values = finite(tl.load(p_v + token[:, None] * stride_vt, mask=mask, other=0.0))
-        change = tl.load(p_change + offset, mask=mask, other=0.0)
-        tl.store(p_refitted + offset, tl.cast(values, tl.float32) + change, mask=mask)
-
-
 def refit_values(
     queries: torch.Tensor,
     outputs: torch.Tensor,
@@ -276,7 +197,7 @@ def refit_values(
     valid = None if valid is None else valid.contiguous().view(torch.uint8)
     with torch.cuda.device_of(keys):
         attention, missing = _missing(queries, outputs.contiguous(), keys, values, kept, scaling, valid)
-        return _solve(*_products(attention, missing), values, kept, ridge, steps)
+        return solve(*_products(attention, missing), values, kept, ridge, steps)
 
 
 def _missing(
@@ -296,6 +217,7 @@ def _missing(
     missing = keys.new_empty((pairs, rows, value_dim), dtype=torch.float32)
     block_d, block_d_v = (max(triton.next_power_of_2(size), 16) for size in (head_dim, value_dim))
     is_wide = max(block_d, block_d_v) > 128
+    block_c = _KEPT // 2 if is_wide else _KEPT
     _missing_kernel[triton.cdiv(rows, _ROWS), pairs](
         queries,
         outputs,
@@ -319,8 +241,9 @@ def _missing(
         BLOCK_D=block_d,
         BLOCK_D_V=block_d_v,
         EXACT=keys.dtype == torch.float32,
+        FITS=kept.shape[2] <= block_c,
         BLOCK_Q=_ROWS,
-        BLOCK_C=_KEPT // 2 if is_wide else _KEPT,
+        BLOCK_C=block_c,
         num_warps=8 if is_wide else 4,
         num_stages=1,
     )
@@ -333,34 +256,9 @@ def _products(attention: torch.Tensor, missing: torch.Tensor) -> tuple[torch.Ten
     value_dim = missing.shape[2]
     gram = attention.new_empty((pairs, count, count))
     right = attention.new_empty((pairs, count, value_dim))
-    left_tiles, value_tiles = triton.cdiv(count, _PRODUCTS), triton.cdiv(value_dim, _PRODUCTS)
+    block = _FEW_PRODUCTS if count <= MOST_ON_CHIP else _MANY_PRODUCTS
+    left_tiles, value_tiles = triton.cdiv(count, block), triton.cdiv(value_dim, block)
     _products_kernel[left_tiles, left_tiles + value_tiles, pairs](
-        attention, missing, gram, right, rows, count, D_V=value_dim, BLOCK_R=_ROWS, BLOCK=_PRODUCTS, num_warps=4
+        attention, missing, gram, right, rows, count, D_V=value_dim, BLOCK_R=_ROWS, BLOCK=block, num_warps=4
     )
     return gram, right
-
-
-def _solve(
-    gram: torch.Tensor, right: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, ridge: float, steps: int
-) -> torch.Tensor:
-    pairs, count, value_dim = right.shape
-    work = right.new_empty((3, *right.shape))
-    refitted = values.new_empty((*kept.shape, value_dim))
-    _solve_kernel[triton.cdiv(value_dim, _FEATURES), pairs](
-        gram,
-        right,
-        *work,
-        values,
-        kept,
-        refitted,
-        count,
-        values.shape[1],
-        ridge,
-        steps,
-        *values.stride(),
-        D_V=value_dim,
-        BLOCK_C=min(max(triton.next_power_of_2(count), 16), _KEPT),
-        BLOCK_D=_FEATURES,
-        num_warps=4,
-    )
-    return refitted

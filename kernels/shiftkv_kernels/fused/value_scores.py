@@ -20,7 +20,7 @@ from .tiles import Tiles, choose_tiles, split
 
 LARGEST_MEAN = tl.constexpr(_LARGEST_MEAN)
 _TOKENS_AT_ONCE = 64
-_MOST_PARTS = 32
+_MOST_PARTS = 64
 
 
 @triton.jit

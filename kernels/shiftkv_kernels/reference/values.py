@@ -122,8 +122,9 @@ def refit_values(
     attention = attention_of(queries, columns).flatten(2, 3)
     missing = outputs.float().unflatten(1, (kept.shape[1], -1)).flatten(2, 3) - attention @ kept_values.float()
     gram = attention.transpose(-1, -2) @ attention
-    penalty = ridge * _usual(gram.diagonal(dim1=-2, dim2=-1))[..., None, None]
-    change = _conjugate_gradients(gram, penalty, attention.transpose(-1, -2) @ missing, steps)
+    squares = gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    penalty = ridge * _usual(squares.squeeze(-1))[..., None, None]
+    change = _conjugate_gradients(gram, squares, penalty, attention.transpose(-1, -2) @ missing, steps)
     return (kept_values.float() + change).to(values.dtype)
 
 
@@ -139,18 +140,30 @@ def _usual(squares: torch.Tensor) -> torch.Tensor:
     return (logarithms.sum(dim=-1) / count).exp()
 
 
-def _conjugate_gradients(gram: torch.Tensor, penalty: torch.Tensor, right: torch.Tensor, steps: int) -> torch.Tensor:
-    """Steps towards the solution x of (gram + penalty) x = right from x = 0, each column by itself."""
-    solution, residual, direction = torch.zeros_like(right), right, right
-    size = residual.square().sum(dim=-2, keepdim=True)
+def _conjugate_gradients(
+    gram: torch.Tensor, squares: torch.Tensor, penalty: torch.Tensor, right: torch.Tensor, steps: int
+) -> torch.Tensor:
+    """Steps towards the solution x of (gram + penalty) x = right from x = 0, each column by itself.
+
+    They are scaled by the diagonal of the matrix, `squares` + penalty, so that a token which all queries attend to does
+    not hold up the others.
+    """
+    scaling = 1 / (squares + penalty).where(squares + penalty > 0, 1)
+    solution, residual = torch.zeros_like(right), right
+    scaled = direction = residual * scaling
+    size = (residual * scaled).sum(dim=-2, keepdim=True)
     for _ in range(steps):
         product = gram @ direction + penalty * direction
-        curvature = (direction * product).sum(dim=-2, keepdim=True)
-        # Where nothing is left, or nothing is there, nothing changes.
-        length = torch.where(curvature > 0, size / curvature, 0)
+        length = _ratio(size, (direction * product).sum(dim=-2, keepdim=True))
         solution = solution + length * direction
         residual = residual - length * product
-        smaller = residual.square().sum(dim=-2, keepdim=True)
-        direction = residual + torch.where(size > 0, smaller / size, 0) * direction
+        scaled = residual * scaling
+        smaller = (residual * scaled).sum(dim=-2, keepdim=True)
+        direction = scaled + _ratio(smaller, size) * direction
         size = smaller
     return solution
+
+
+def _ratio(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left / right, 0 where right is not positive: where nothing is left, or nothing is there, nothing changes."""
+    return torch.where(right > 0, left / right, 0)

@@ -13,8 +13,8 @@ from .base import Method
 from .config import ShiftKVConfig
 
 LAST_TOKEN_PROXIES = 16
-# Of the conjugate gradients; on the embedded model two of them are as good as the solution.
-REFIT_STEPS = 4
+# Of the conjugate gradients; on the embedded model as good as the solution.
+REFIT_STEPS = 2
 
 
 @dataclass(frozen=True)
