@@ -115,16 +115,18 @@ class Refit:
 
 
 def conjugate_gradients(matrix: Array, right: Array, steps: int) -> Array:
-    """Steps from 0 towards the solution x of matrix @ x = right."""
-    solution, residual, direction = np.zeros_like(right), right, right
+    """Steps from 0 towards the solution x of matrix @ x = right, scaled by the diagonal of the matrix."""
+    solution, residual = np.zeros_like(right), right
+    scaled = direction = residual / np.diag(matrix)
     for _ in range(steps):
         if not residual.any():
             break
-        length = residual @ residual / (direction @ matrix @ direction)
+        length = residual @ scaled / (direction @ matrix @ direction)
         solution = solution + length * direction
         smaller = residual - length * (matrix @ direction)
-        direction = smaller + smaller @ smaller / (residual @ residual) * direction
-        residual = smaller
+        rescaled = smaller / np.diag(matrix)
+        direction = rescaled + smaller @ rescaled / (residual @ scaled) * direction
+        residual, scaled = smaller, rescaled
     return solution
 
 

@@ -118,12 +118,10 @@ def assert_stores(stored, kept, module, config, proxies, keys, values, valid):
         refit = method.Refit.of(queries, *given, chosen.tolist(), valid, module.scaling, config.refit_ridge)
         expected = refit.values(REFIT_STEPS)
         scale = np.abs(values[head]).max()
-        # Where a few directions hold nearly all of the attention, float32 rounds away some of what the last steps do to
-        # the others: a value may differ there, but not how well the values do.
-        np.testing.assert_allclose(stored[head], expected, rtol=0, atol=0.02 * scale, err_msg=f"KV head {head}")
+        np.testing.assert_allclose(stored[head], expected, rtol=0, atol=1e-3 * scale, err_msg=f"KV head {head}")
         worse = refit.error(stored[head].astype(np.float64)) - refit.error(expected)
         gained = refit.error(refit.plain) - refit.error(refit.values())
-        assert worse <= 0.01 * gained + 1e-10 * scale**2 * len(refit.missing)
+        assert worse <= 1e-4 * gained + 1e-10 * scale**2 * len(refit.missing)
 
 
 def assert_agrees(model, rotary, inputs, config, axis_of):
