@@ -99,7 +99,8 @@ class ShiftKV(Method):
         """Votes plus the last query's mass (method, steps 4 to 6), or what tokens give ("Counting values")."""
         if self.config.score == "votes":
             mass, last_mass = self.attention_mass(layer, summary, keys, valid)
-            return vote(mass, self.config.mass, backend=self.config.backend) + last_mass
+            scores = vote(mass, self.config.mass, backend=self.config.backend) + last_mass
+            return _marked(scores, keys, values)
         return value_scores(
             summary.queries.to(keys.dtype),
             summary.last_query.to(keys.dtype),
@@ -177,3 +178,13 @@ class ShiftKV(Method):
             last=last,
             backend=config.backend,
         )
+
+
+def _marked(scores: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Scores (B, H_kv, T) of votes, NaN where a value is not finite, or the last key: votes do not look at these.
+
+    A number that is not finite makes every sum so, and 0 times that is NaN.
+    """
+    scores = scores + 0 * values.sum(dim=-1, dtype=torch.float32)
+    scores[..., -1] += 0 * keys[:, :, -1].sum(dim=-1, dtype=torch.float32)
+    return scores
