@@ -1,4 +1,4 @@
-"""Ask one question about one image, with the full KV cache and with compressed ones.
+"""Ask one question about one image, with the full KV cache and with compressed ones: published and value-aware.
 
     python quickstart.py
     python quickstart.py --model Qwen/Qwen2.5-VL-7B-Instruct --image page.png --question "What is due?" --budget 64
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import DynamicCache
 
 # Functions import what takes seconds, so that `--help` answers at once.
+PRESETS = ("published", "value-aware")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[128, 64, 32, 16],
         help="prompt tokens to keep per layer and head, or the fraction of them in (0, 1] (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--preset",
+        nargs="+",
+        choices=PRESETS,
+        default=list(PRESETS),
+        help="settings to select with (default: %(default)s)",
     )
     arguments = parser.parse_args(argv)
     fill_in_sample(parser, arguments)
@@ -90,17 +98,20 @@ def full_row(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> Ro
     return Row("DynamicCache", prompt, prompt, size, answer)
 
 
-def compressed_row(model: Any, processor: Any, inputs: Any, max_new_tokens: int, tokens: int | float) -> Row:
+def compressed_row(
+    model: Any, processor: Any, inputs: Any, max_new_tokens: int, tokens: int | float, preset: str
+) -> Row:
     """The row of a cache that keeps `tokens` of the prompt, or that fraction of it."""
     from mmshiftkv import ShiftKVCache
 
-    cache = ShiftKVCache(model, budget=tokens)
+    cache = ShiftKVCache(model, budget=tokens, preset=preset)
     answer = generate_answer(model, processor, inputs, cache, max_new_tokens)
     prompt = inputs["input_ids"].shape[1]
     kept = cache.kept_indices(0)
     # A model's first layer may be one that is never compressed, such as a sliding window: it has no kept indices.
     count = prompt if kept is None else kept.shape[-1]
-    return Row(f"ShiftKVCache, budget {tokens}", prompt, count, cache.report().bytes_stored, answer)
+    name = f"ShiftKVCache, budget {tokens}" + (f", {preset}" if preset != "published" else "")
+    return Row(name, prompt, count, cache.report().bytes_stored, answer)
 
 
 def format_table(rows: Sequence[Row]) -> str:
@@ -118,14 +129,18 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
-    """The row of the full cache, then one for each budget."""
+    """The row of the full cache, then one for each budget and preset."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(arguments.model)
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=arguments.dtype).to(arguments.device)
     inputs = build_inputs(processor, arguments.image, arguments.question).to(model.device, model.dtype)
     rows = [full_row(model, processor, inputs, arguments.max_new_tokens)]
-    rows += [compressed_row(model, processor, inputs, arguments.max_new_tokens, tokens) for tokens in arguments.budget]
+    rows += [
+        compressed_row(model, processor, inputs, arguments.max_new_tokens, tokens, preset)
+        for tokens in arguments.budget
+        for preset in arguments.preset
+    ]
     return rows
 
 

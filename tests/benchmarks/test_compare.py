@@ -142,7 +142,7 @@ def test_methods_are_measured_budget_by_budget(capsys):
 
 
 def test_peers_are_measured_like_methods(tmp_path, capsys):
-    names = [*PEERS, "small-budget"]
+    names = [*PEERS, "half-mass"]
     file = tmp_path / "scores.json"
     scores, recalls = tables(capsys, "--tasks", "lookup", "--budgets", "20", "--methods", *names, "--json", str(file))
     assert [row[:2] for row in scores[1:]] == [["full", "-"], *([name, "20"] for name in names)]
@@ -151,7 +151,7 @@ def test_peers_are_measured_like_methods(tmp_path, capsys):
     recorded = json.loads(file.read_text(encoding="utf-8"))
     settings = {row["method"]: row["method_settings"] for row in recorded["results"]}
     assert settings["criticalkv"] == settings["dropkv"] == settings["snapkv_values"] == {"window": 5}
-    assert settings["small-budget"] == {"preset": "small-budget"}
+    assert settings["half-mass"] == {"mass": 0.5}
     assert settings["kvzip"] == settings["full_attention"] == settings["last_query_values"] == {}
     assert [result_record(result)["tasks"] for result in read(recorded)] == [
         row["tasks"] for row in recorded["results"]

@@ -272,7 +272,7 @@ def test_the_limit_keeps_what_decoding_attends_to_most(tiny):
     attention = recall.decode_attention(model, inputs, answer_tokens(model, inputs, full, 24), full)
     prompts = Prompts(inputs, processor.tokenizer, attention)
     recalls = {}
-    for name in ("full_attention", "snapkv", "dropkv", "kvzip", "small-budget"):
+    for name in ("full_attention", "snapkv", "dropkv", "kvzip", "half-mass"):
         cache = Setup(name, 30).make_cache(model, prompts)
         answer_tokens(model, inputs, cache, 1)
         recalls[name] = recall.recall(attention, cache)
@@ -294,10 +294,10 @@ def test_scores_of_other_prompts_are_refused():
 
 def test_compared_names_stand_for_a_method_and_settings():
     model = models.text_model()
-    assert set(CACHES) | set(PEERS) | {"small-budget", "value-aware"} == set(COMPARED)
+    assert set(CACHES) | set(PEERS) | {"half-mass", "value-aware"} == set(COMPARED)
     assert set(USUAL) == {*CACHES, "value-aware"}
-    assert Setup("small-budget", 64).make_cache(model).config.mass == 0.5
-    assert Setup("small-budget", 64).settings == {"preset": "small-budget"}
+    assert Setup("half-mass", 64).make_cache(model).config.mass == 0.5
+    assert Setup("half-mass", 64).settings == {"mass": 0.5}
     assert Setup("value-aware", 64).settings == {"preset": "value-aware"}
     assert Setup("shiftkv", 64).settings == Setup("last_query_values", 64).settings == {}
     for name in ("snapkv", "snapkv_values", "criticalkv", "dropkv"):

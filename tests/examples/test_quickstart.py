@@ -33,11 +33,14 @@ def test_the_sample_document_is_read_with_the_full_cache_and_four_budgets(capsys
     assert (name, kept, answer) == ("DynamicCache", seen, expected)
     # The embedded model writes one token a character; its last token, the end of the answer, is never stored.
     assert size == format_bytes((int(seen) + len(answer)) * BYTES_PER_TOKEN)
-    assert [row[0] for row in compressed] == [f"ShiftKVCache, budget {budget}" for budget in (128, 64, 32, 16)]
-    assert [row[2] for row in compressed] == ["128", "64", "32", "16"]
+    budgets = (128, 64, 32, 16)
+    assert [row[0] for row in compressed[::2]] == [f"ShiftKVCache, budget {budget}" for budget in budgets]
+    assert [row[0] for row in compressed[1::2]] == [f"ShiftKVCache, budget {budget}, value-aware" for budget in budgets]
     assert {row[1] for row in compressed} == {seen}
-    sizes = [bytes_of(row[3]) for row in (full, *compressed)]
-    assert sizes == sorted(set(sizes), reverse=True)
+    for rows in (compressed[::2], compressed[1::2]):
+        assert [row[2] for row in rows] == ["128", "64", "32", "16"]
+        sizes = [bytes_of(row[3]) for row in (full, *rows)]
+        assert sizes == sorted(set(sizes), reverse=True)
 
 
 def test_image_and_question_are_printed_above_the_table(capsys):
@@ -51,12 +54,12 @@ def test_a_budget_that_covers_the_prompt_gives_the_answer_of_the_full_cache(caps
     sample, image = DOCUMENTS[name][0], str(ASSETS / name)
     full, *rows = run(capsys, "--image", image, "--question", sample["question"], "--budget", "100000", "1.0")
     assert full[4] == sample["answer"]
-    assert [row[1:3] for row in rows] == [full[1:3]] * 2
-    assert [row[4] for row in rows] == [full[4]] * 2
+    assert [row[1:3] for row in rows] == [full[1:3]] * 4
+    assert [row[4] for row in rows] == [full[4]] * 4
 
 
 def test_a_fraction_of_the_prompt_is_rounded_up(capsys):
-    _, row = run(capsys, "--budget", "0.1", "--max-new-tokens", "2")
+    _, row = run(capsys, "--budget", "0.1", "--max-new-tokens", "2", "--preset", "value-aware")
     assert int(row[2]) == math.ceil(int(row[1]) / 10)
 
 
@@ -69,7 +72,9 @@ def test_llava_next_runs_too(capsys, tmp_path, family):
     save_tiny_llava(tmp_path, family)
     document_image(300, 100).save(tmp_path / "page.png")
     arguments = ["--model", str(tmp_path), "--image", str(tmp_path / "page.png"), "--question", "What is due?"]
-    full, covered, small = run(capsys, *arguments, "--budget", "4096", "20", "--max-new-tokens", "12")
+    full, covered, small = run(
+        capsys, *arguments, "--budget", "4096", "20", "--max-new-tokens", "12", "--preset", "published"
+    )
     assert full[4]
     assert covered[1:3] == full[1:3]
     assert covered[4] == full[4]

@@ -64,7 +64,7 @@ def group_mass_cases(capability: int) -> dict[str, Any]:
     compiled = {}
     for dtype, head_dim, padded in (("bf16", 128, False), ("fp16", 40, True), ("bf16", 256, True), ("fp32", 80, False)):
         block = triton.next_power_of_2(head_dim)
-        passes = tiles.choose_tiles(block, 4 if dtype == "fp32" else 2, gpu)
+        passes = tiles.choose_tiles(block, 4 if dtype == "fp32" else 2, 8192, gpu)
         constants = {"R": 7, "D": head_dim, "BLOCK_D": block, "EXACT": dtype == "fp32"}
         if not padded:
             constants["p_valid"] = None
@@ -82,15 +82,15 @@ def group_mass_cases(capability: int) -> dict[str, Any]:
                 maxnreg=choice.registers,
             )
         value_kernel = value_scores._moments_kernel
-        even = {**constants, "EVEN": not padded, "BLOCK_T": passes[1].kept, "BLOCK_Q": passes[1].streamed}
+        _, choice = tiles.choose_value_tiles(block, 4 if dtype == "fp32" else 2, 8192, gpu)
         compiled[f"{value_kernel.__name__} {dtype} {head_dim}"] = compile_kernel(
             value_kernel,
-            even,
+            {**constants, "EVEN": not padded, "BLOCK_T": choice.kept, "BLOCK_Q": choice.streamed},
             dtype,
             capability,
-            num_warps=passes[1].warps,
-            num_stages=passes[1].stages,
-            maxnreg=passes[1].registers,
+            num_warps=choice.warps,
+            num_stages=choice.stages,
+            maxnreg=choice.registers,
         )
     combine = log_sums._combine_kernel
     compiled[combine.__name__] = compile_kernel(combine, {"PARTS": 9, "BLOCK": 256}, "fp32", capability)
@@ -117,7 +117,7 @@ def value_cases(capability: int) -> dict[str, Any]:
                 {"num_warps": 8 if wide else 4, "num_stages": 1},
             ),
             (value_scores._mean_output_kernel, values, {}),
-            (value_scores._scores_kernel, values | {"PARTS": 9, "BLOCK_PARTS": 16}, {}),
+            (value_scores._scores_kernel, values | {"PARTS": 9, "BLOCK_PARTS": 16, "TILES": 4}, {}),
             (solve._solve_kernel, {"D_V": value_dim, "BLOCK_C": 128, "BLOCK_D": 16}, {"num_warps": 8}),
             (
                 solve._solve_in_blocks_kernel,

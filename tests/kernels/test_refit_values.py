@@ -101,6 +101,30 @@ def test_it_is_the_statement_in_float64(backend, device):
         np.testing.assert_allclose(found[row, head].cpu().numpy(), refit.values(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_any_strides(dtype, device):
+    problem = Problem(2, 4, 2, 16, 2, 32, 70)
+    queries, _, keys = problem.tensors(device, dtype)
+    values, kept, keywords = problem.values(device, dtype), problem.kept(20, device), options(problem, device)
+    steps = {"ridge": RIDGE, "steps": STEPS}
+    outputs = attend(queries, keys, values, **keywords, backend="triton")
+    refitted = refit_values(queries, outputs, keys, values, kept, **keywords, **steps, backend="triton")
+    tensors = queries, keys, values
+    layouts = [
+        [part.transpose(1, 2).contiguous().transpose(1, 2) for part in tensors],
+        [part.transpose(2, 3).contiguous().transpose(2, 3) for part in tensors],
+        [part.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2) for part in tensors],
+        [torch.stack([part, part + 9], dim=3).flatten(2, 3)[:, :, ::2] for part in tensors],
+        [torch.nn.functional.pad(part, (0, 1))[..., :-1] for part in tensors],
+    ]
+    small = 4 * torch.finfo(dtype).eps
+    for layout in layouts:
+        found = attend(*layout, **keywords, backend="triton")
+        torch.testing.assert_close(found, outputs, atol=small, rtol=small)
+        again = refit_values(layout[0], outputs, *layout[1:], kept, **keywords, **steps, backend="triton")
+        torch.testing.assert_close(again, refitted, atol=small, rtol=small)
+
+
 def missing(queries, outputs, keys, values, kept, refitted, *, scaling, valid):
     """The squared error of the queries' outputs from the kept tokens with these values."""
     take = kept.unsqueeze(-1)

@@ -62,7 +62,7 @@ def given_shares(mass: Array) -> Array:
 def value_scores(
     proxies: Array, last_query: Array, keys: Array, values: Array, valid: Array, scaling: float, last_weight: float
 ) -> Array:
-    """ "Counting values", steps 4 to 6, for one KV head: proxies (r, N, D), last_query (r, 1, D), values (T, D_v)."""
+    """Steps 7 and 8 for one KV head: proxies (r, N, D), last_query (r, 1, D), values (T, D_v)."""
     rows = [row for head in proxies for row in head]
     by_proxy = np.stack([softmax(np.where(valid, keys @ row * scaling, -np.inf)) for row in rows])
     by_last = np.stack([softmax(np.where(valid, keys @ head[0] * scaling, -np.inf)) for head in last_query])
@@ -73,7 +73,7 @@ def value_scores(
 
 @dataclass
 class Refit:
-    """ "Counting values", step 8, for one KV head: what the values of the chosen tokens are refitted to.
+    """Step 9 for one KV head: what the values of the chosen tokens are refitted to.
 
     Attributes:
         attention: (rows, C) of the queries to the chosen tokens.

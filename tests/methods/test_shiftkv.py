@@ -89,7 +89,7 @@ def proxies_of(module, config, hidden, positions, valid, inverse_frequencies, ax
 
 
 def assert_selects(kept, module, config, proxies, last_query, groups, keys, values, valid):
-    """Steps 4 to 6 for one row of one layer: keys and values (H_kv, T, D), valid (T,)."""
+    """Steps 4 to 6, or 7 and 8, for one row of one layer: keys and values (H_kv, T, D), valid (T,)."""
     counted = {"num_groups": groups, "mass": config.mass}
     if config.score == "values":
         counted = {"values": values[None], "last_query_weight": config.last_query_weight}
@@ -106,7 +106,7 @@ def assert_selects(kept, module, config, proxies, last_query, groups, keys, valu
 
 
 def assert_stores(stored, kept, module, config, proxies, keys, values, valid):
-    """Step 8 for one row of one layer: the stored values (H_kv, C, D) are those of the tokens `kept`, refitted."""
+    """Step 9 for one row of one layer: the stored values (H_kv, C, D) are those of the tokens `kept`, refitted."""
     shared = len(proxies) // len(keys)
     count = 2 ** math.ceil(math.log2(max(config.refit_queries / shared, 1)))
     for head, chosen in enumerate(kept):

@@ -36,12 +36,12 @@ COMPARED = {
     **{peer: Compared(peer) for peer in PEERS if peer != "full_attention"},
     "keydiff": Compared("keydiff"),
     "shiftkv": Compared("shiftkv"),
-    "small-budget": Compared("shiftkv", {"preset": "small-budget"}),
+    "half-mass": Compared("shiftkv", {"mass": 0.5}),
     "value-aware": Compared("shiftkv", {"preset": "value-aware"}),
     "full_attention": Compared("full_attention"),
 }
 # The others are measured when they are named.
-USUAL = [name for name in COMPARED if name not in PEERS and name != "small-budget"]
+USUAL = [name for name in COMPARED if name not in PEERS and name != "half-mass"]
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ LOOKS_AHEAD = (0, (1, 1.2))
 STYLES = {
     "value-aware": Style("ShiftKV, value-aware", "#8E063B", "*", 2.6, 9),
     "shiftkv": Style("ShiftKV", "#D55E00", "o", 2.6, 6.5),
-    "small-budget": Style("ShiftKV, small-budget", "#F4A582", "p", 1.6, 6.5),
+    "half-mass": Style("ShiftKV, mass 0.5", "#F4A582", "p", 1.6, 6.5),
     "expected_attention": Style("ExpectedAttention", "#009E73", "s"),
     "snapkv": Style("SnapKV", "#0072B2", "^", markersize=6),
     "snapkv_values": Style("SnapKV x values", "#56B4E9", "<", markersize=6, dashes=COUNTS_VALUES),

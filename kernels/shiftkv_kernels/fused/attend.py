@@ -1,4 +1,4 @@
-"""What queries behind a prompt get from it, in one pass over its keys and values (method, "Counting values").
+"""What queries behind a prompt get from it, in one pass over its keys and values (method, step 9).
 
 A launch goes over parts of the tokens; where there are several, a small one combines them.  Exponentials are in base 2.
 """
@@ -10,12 +10,66 @@ import triton
 import triton.language as tl
 
 from ..device import gpu_of
-from .finite import load_finite
+from .finite import finite, load_rows
 from .log_sums import LARGEST_LOGIT, LOWEST
-from .products import tile_products
+from .products import tile_products, whole_features
 from .tiles import Tiles, choose_attend_tiles, split
 
 _COMBINED_ROWS = 16
+
+
+@triton.jit
+def _add_tile(
+    b_q, p_q, m_rows, p_k, p_v, p_valid, start, end, m_t, largest, total, outputs, scale, stride_kt, stride_kd,
+    stride_vt, stride_vd, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D_V: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_T: tl.constexpr, FINITE: tl.constexpr,
+):  # fmt: skip
+    """One step of the running softmax, over a tile of tokens; `m_t` is None for a whole tile."""
+    t = tl.arange(0, BLOCK_T)
+    p_tile = p_k + tl.cast(start, tl.int64) * stride_kt + tl.cast(t, tl.int64)[None, :] * stride_kt
+    logits = tile_products(b_q, p_q, m_rows, 1, p_tile, m_t, stride_kd, D)
+    if p_valid is not None:
+        is_valid = tl.load(p_valid + start + t, mask=start + t < end, other=0) != 0
+        logits = tl.where(is_valid[None, :], logits, float("-inf"))
+    if m_t is not None:
+        logits = tl.where(m_t[None, :], logits, float("-inf"))
+    if not FINITE:
+        logits = tl.where(tl.abs(logits) < LARGEST_LOGIT, logits, float("-inf"))
+    larger = tl.maximum(largest, tl.max(logits, 1) * scale)
+    weights = tl.exp2(tl.fma(logits, scale, -larger[:, None]))
+    rescale = tl.exp2(largest - larger)
+    total = total * rescale + tl.sum(weights, 1)
+    b_v = load_rows(p_v + tl.cast(start, tl.int64) * stride_vt, t, m_t, stride_vt, stride_vd, D_V, BLOCK_D_V)
+    if not FINITE:
+        b_v = finite(b_v)
+    outputs *= rescale[:, None]
+    outputs = tl.dot(tl.cast(weights, b_v.dtype), b_v, outputs, input_precision="ieee" if EXACT else None)
+    return larger, total, outputs
+
+
+@triton.jit
+def _attend_to(
+    b_q, p_q, m_rows, p_k, p_v, p_valid, begin, end, scale, stride_kt, stride_kd, stride_vt, stride_vd,
+    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D_V: tl.constexpr, EXACT: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_T: tl.constexpr, FINITE: tl.constexpr,
+):  # fmt: skip
+    """Softmax state of a block of queries over some tokens; unless FINITE, numbers that are not are looked for."""
+    largest = tl.full([BLOCK_Q], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    outputs = tl.zeros([BLOCK_Q, BLOCK_D_V], tl.float32)
+    whole = begin + (end - begin) // BLOCK_T * BLOCK_T
+    for start in range(begin, whole, BLOCK_T):
+        largest, total, outputs = _add_tile(
+            b_q, p_q, m_rows, p_k, p_v, p_valid, start, end, None, largest, total, outputs, scale, stride_kt, stride_kd,
+            stride_vt, stride_vd, D, D_V, BLOCK_D_V, EXACT, BLOCK_T, FINITE,
+        )  # fmt: skip
+    if whole < end:
+        m_t = whole + tl.arange(0, BLOCK_T) < end
+        largest, total, outputs = _add_tile(
+            b_q, p_q, m_rows, p_k, p_v, p_valid, whole, end, m_t, largest, total, outputs, scale, stride_kt, stride_kd,
+            stride_vt, stride_vd, D, D_V, BLOCK_D_V, EXACT, BLOCK_T, FINITE,
+        )  # fmt: skip
+    return largest, total, outputs
 
 
 @triton.jit(do_not_specialize=["T", "tiles_per_part", "stride_mb"])
@@ -59,37 +113,31 @@ def _attend_kernel(
     head = block // blocks_per_head
     rows = (block - head * blocks_per_head) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     m_rows = rows < N
-    t, d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     p_q = p_queries + batch * stride_qb + (kv_head * R + head) * stride_qh
     p_q += tl.cast(rows, tl.int64)[:, None] * stride_qn
     b_q = None
     if not EXACT:
+        d = tl.arange(0, BLOCK_D)
         b_q = tl.load(p_q + d[None, :], mask=m_rows[:, None] & (d < D)[None, :], other=0.0)
     p_k = p_keys + batch * stride_kb + kv_head * stride_kh
     p_v = p_values + batch * stride_vb + kv_head * stride_vh
     if p_valid is not None:
         p_valid += batch * stride_mb
-    largest = tl.full([BLOCK_Q], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
-    outputs = tl.zeros([BLOCK_Q, BLOCK_D_V], tl.float32)
     begin = part * tiles_per_part * BLOCK_T
     end = tl.minimum(begin + tiles_per_part * BLOCK_T, T)
-    for start in range(begin, end, BLOCK_T):
-        token = start + t
-        m_t = token < end
-        p_tile = p_k + tl.cast(token, tl.int64)[None, :] * stride_kt
-        logits = tile_products(b_q, p_q, m_rows, 1, p_tile, m_t, stride_kd, D)
-        m_attended = m_t
-        if p_valid is not None:
-            m_attended &= tl.load(p_valid + token, mask=m_t, other=0) != 0
-        logits = tl.where(m_attended[None, :] & (tl.abs(logits) < LARGEST_LOGIT), logits, float("-inf"))
-        larger = tl.maximum(largest, tl.max(logits, 1) * scale)
-        weights = tl.exp2(tl.fma(logits, scale, -larger[:, None]))
-        rescale = tl.exp2(largest - larger)
-        largest, total = larger, total * rescale + tl.sum(weights, 1)
-        b_v = load_finite(p_v, token, m_t, stride_vt, stride_vd, D_V, BLOCK_D_V)
-        outputs *= rescale[:, None]
-        outputs = tl.dot(tl.cast(weights, b_v.dtype), b_v, outputs, input_precision="ieee" if EXACT else None)
+    largest, total, outputs = _attend_to(
+        b_q, p_q, m_rows, p_k, p_v, p_valid, begin, end, scale, stride_kt, stride_kd, stride_vt, stride_vd,
+        D, D_V, BLOCK_D_V, EXACT, BLOCK_Q, BLOCK_T, True,
+    )  # fmt: skip
+    # To look at every number takes its time: only where one turns out not to be finite.
+    is_broken = (total < float("inf")) == 0
+    is_broken |= (tl.max(tl.abs(outputs), 1) < float("inf")) == 0
+    is_broken |= (tl.sum(outputs, 1) == tl.sum(outputs, 1)) == 0
+    if tl.max(tl.where(is_broken, 1, 0), 0) > 0:
+        largest, total, outputs = _attend_to(
+            b_q, p_q, m_rows, p_k, p_v, p_valid, begin, end, scale, stride_kt, stride_kd, stride_vt, stride_vd,
+            D, D_V, BLOCK_D_V, EXACT, BLOCK_Q, BLOCK_T, False,
+        )  # fmt: skip
     outputs /= tl.where(total > 0, total, 1.0)[:, None]
     first_row = (tl.cast(part, tl.int64) * tl.num_programs(2) + pair) * R * N + tl.cast(head, tl.int64) * N
     d_v = tl.arange(0, BLOCK_D_V)
@@ -134,6 +182,7 @@ def attend(
     Args:
         tiles: to measure others than the built-in ones.
     """
+    queries, keys = whole_features(queries), whole_features(keys)
     batch, heads, count, head_dim = queries.shape
     kv_heads, tokens, value_dim = values.shape[1:]
     if queries.stride(-1) != 1:

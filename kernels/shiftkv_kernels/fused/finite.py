@@ -12,10 +12,16 @@ def finite(x):
 
 @triton.jit
 def load_rows(p_rows, row, m_row, stride_row, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows (rows, BLOCK_D) of D numbers each; 0 for the others."""
+    """Rows (rows, BLOCK_D) of D numbers each; 0 for the others.  `m_row` is None if all rows are there."""
     d = tl.cast(tl.arange(0, BLOCK_D), tl.int64)
     p_tile = p_rows + tl.cast(row, tl.int64)[:, None] * stride_row + d[None, :] * stride_d
-    return tl.load(p_tile, mask=m_row[:, None] & (d < D)[None, :], other=0.0)
+    if m_row is not None:
+        rows = tl.load(p_tile, mask=m_row[:, None] & (d < D)[None, :], other=0.0)
+    elif BLOCK_D != D:
+        rows = tl.load(p_tile, mask=(d < D)[None, :], other=0.0)
+    else:
+        rows = tl.load(p_tile)
+    return rows
 
 
 @triton.jit

@@ -100,7 +100,8 @@ def _group_mass_kernel(
     last_mass = _mean_last_mass(b_k, p_k, m_t, stride_kd, p_last, p_last_shifts, scale, stride_lh, R, D)
     if share == 0:
         p_out = p_last_mass + tl.cast(pair, tl.int64) * T + t
-        tl.store(p_out, tl.where(m_counted, last_mass, 0.0), mask=m_t)
+        # No mass, but still no number where a key is not finite.
+        tl.store(p_out, tl.where(m_counted, last_mass, 0.0 * last_mass), mask=m_t)
     last_mass *= 1.0 / (GROUP_SIZE + 1)
 
     # Group and member that a tile's columns belong to, relative to the first.
@@ -153,7 +154,7 @@ def group_mass(
     """
     problem = problem_of(proxy_queries, last_query, keys, scaling, valid)
     gpu = gpu_of(keys.device)
-    first, second = tiles or choose_tiles(problem.constants["BLOCK_D"], keys.element_size(), gpu)
+    first, second = tiles or choose_tiles(problem.constants["BLOCK_D"], keys.element_size(), keys.shape[2], gpu)
     with torch.cuda.device_of(keys):
         shifts = log_sums(problem, first, gpu.multiprocessors)
         return _masses(problem, second, shifts, num_groups, gpu.multiprocessors)

@@ -1,4 +1,4 @@
-"""Values refitted to the tokens that are kept (method, "Counting values"), without waiting for the device.
+"""Values refitted to the tokens that are kept (method, step 9), without waiting for the device.
 
 1. The queries' attention to the kept tokens, and what these do not give them of their outputs.
 2. The products of that attention with itself and with what is missing.
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .finite import load_finite, load_rows
 from .log_sums import LARGEST_LOGIT, LOWEST
-from .products import tile_products
+from .products import tile_products, whole_features
 from .solve import MOST_ON_CHIP, solve
 
 _ROWS, _KEPT = 64, 64  # queries and kept tokens of a tile of attention
@@ -58,7 +58,7 @@ def _give(
     return tl.dot(weights, b_v, given, input_precision="ieee" if EXACT else "tf32x3")
 
 
-@triton.jit(do_not_specialize=["C", "stride_mb"])
+@triton.jit(do_not_specialize=["stride_mb"])
 def _missing_kernel(
     p_queries,
     p_outputs,
@@ -141,7 +141,7 @@ def _missing_kernel(
     tl.store(p_out, outputs - given, mask=m_rows[:, None] & (d_v < D_V)[None, :])
 
 
-@triton.jit(do_not_specialize=["C"])
+@triton.jit
 def _products_kernel(
     p_attention,
     p_missing,
@@ -191,6 +191,7 @@ def refit_values(
     valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `reference.refit_values`, on a GPU: float32, bfloat16 or float16, head dims up to 256, positive scaling."""
+    queries, keys = whole_features(queries), whole_features(keys)
     if queries.stride(-1) != 1:
         queries = queries.contiguous()
     kept = kept.contiguous()

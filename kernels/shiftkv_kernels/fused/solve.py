@@ -49,7 +49,7 @@ def _store_refitted(p_v, p_kept, p_refitted, change, c, d, C, stride_vt, D_V):
     )
 
 
-@triton.jit(do_not_specialize=["C"])
+@triton.jit
 def _solve_kernel(
     p_gram,
     p_right,
@@ -95,7 +95,7 @@ def _solve_kernel(
     _store_refitted(p_v, p_kept + pair * C, p_refitted + pair * C * D_V, change, c, d, C, stride_vt, D_V)
 
 
-@triton.jit(do_not_specialize=["C"])
+@triton.jit
 def _solve_in_blocks_kernel(
     p_gram,
     p_residual,

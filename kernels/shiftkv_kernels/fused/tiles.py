@@ -6,6 +6,7 @@ from typing import NamedTuple
 from ..device import Gpu
 
 _MOST_PARTS = 16
+_FEW_TOKENS = 4096  # so few leave a program too few steps for more stages and larger tiles
 
 
 class Tiles(NamedTuple):
@@ -19,7 +20,7 @@ class Tiles(NamedTuple):
 
 
 @functools.lru_cache
-def choose_tiles(head_dim: int, element_size: int, gpu: Gpu) -> tuple[Tiles, Tiles]:
+def choose_tiles(head_dim: int, element_size: int, tokens: int, gpu: Gpu) -> tuple[Tiles, Tiles]:
     """The tiles of both passes.  Those for 16-bit inputs on Hopper are measured, the others only known to fit."""
     if element_size == 4:
         tiles = Tiles(kept=64, streamed=64, warps=8, stages=1)
@@ -32,7 +33,16 @@ def choose_tiles(head_dim: int, element_size: int, gpu: Gpu) -> tuple[Tiles, Til
         return tiles, tiles
     # 128 registers leave room for a second program, whose products run under the first one's exponentials.
     tiles = Tiles(kept=128, streamed=128, warps=8, stages=2, registers=128)
-    return tiles, tiles
+    return tiles._replace(streamed=64, stages=3) if tokens > _FEW_TOKENS else tiles, tiles
+
+
+@functools.lru_cache
+def choose_value_tiles(head_dim: int, element_size: int, tokens: int, gpu: Gpu) -> tuple[Tiles, Tiles]:
+    """The tiles of both passes of `value_scores`."""
+    first, second = choose_tiles(head_dim, element_size, tokens, gpu)
+    if element_size == 2 and head_dim <= 128 and gpu.has_warpgroup_products and tokens > _FEW_TOKENS:
+        second = Tiles(kept=256, streamed=64, warps=8, stages=2)
+    return first, second
 
 
 @functools.lru_cache

@@ -1,4 +1,4 @@
-"""What each token gives to the output of proxies and last query (method, "Counting values"), without their attention.
+"""What each token gives to the output of proxies and last query (method, steps 7 and 8), without their attention.
 
 After the log-sums of all query rows (log_sums.py):
 
@@ -16,11 +16,13 @@ from ..reference.values import LARGEST_MEAN as _LARGEST_MEAN
 from .finite import finite, load_finite, load_rows
 from .log_sums import LEAST_COLUMNS, Problem, last_weights, launch_options, log_sums, problem_of
 from .products import tile_products
-from .tiles import Tiles, choose_tiles, split
+from .tiles import Tiles, choose_value_tiles, split
 
 LARGEST_MEAN = tl.constexpr(_LARGEST_MEAN)
 _TOKENS_AT_ONCE = 64
-_MOST_PARTS = 64
+_MOST_PARTS = 128
+_TILES_PER_PROGRAM = 4  # of the scores, at most: each program needs the whole mean output
+_PROGRAMS = 512  # as many as these are no fewer for it
 
 
 @triton.jit
@@ -190,34 +192,37 @@ def _scores_kernel(
     SHARES: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """The scores of a tile of tokens."""
+    """The scores of some tiles of tokens."""
     pair = tl.program_id(1)
     batch, kv_head = tl.cast(pair // H_KV, tl.int64), tl.cast(pair % H_KV, tl.int64)
     pairs = tl.cast(tl.num_programs(1), tl.int64)
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    m_t = t < T
-    row = tl.cast(pair, tl.int64) * T + t
     part, d = tl.arange(0, BLOCK_PARTS), tl.arange(0, BLOCK_D_V)
     p_parts = p_outputs + (tl.cast(pair, tl.int64) * PARTS + part)[:, None] * BLOCK_D_V + d[None, :]
     output = tl.sum(tl.load(p_parts, mask=(part < PARTS)[:, None], other=0.0), 0)
     p_values += batch * stride_vb + kv_head * stride_vh
-    values = tl.cast(load_rows(p_values, t, m_t, stride_vt, stride_vd, D_V, BLOCK_D_V), tl.float32)
-    offsets = tl.where((d < D_V)[None, :], values - output[None, :], 0.0)
-    distance = tl.sqrt(tl.sum(offsets * offsets, 1))
     stride = 2 * pairs * T
-    mean = _total(p_moments + row, m_t, stride, SHARES) * per_row
-    square = _total(p_moments + pairs * T + row, m_t, stride, SHARES) * per_row
-    last_mean = tl.load(p_last_moments + row, mask=m_t, other=0.0)
-    last_square = tl.load(p_last_moments + pairs * T + row, mask=m_t, other=0.0)
-    scores = (_per_remaining(mean, square) + last_weight * _per_remaining(last_mean, last_square)) * distance
-    # A key or value that is not finite leaves no finite score.
-    scores = tl.where(scores < float("inf"), scores, float("nan"))
-    if p_valid is not None:
-        is_valid = tl.load(p_valid + batch * stride_mb + t, mask=m_t, other=0) != 0
-        scores = tl.where(is_valid, scores, 0.0)
-    tl.store(p_scores + row, scores, mask=m_t)
+    first = tl.program_id(0) * TILES * BLOCK_T
+    for start in range(first, tl.minimum(first + TILES * BLOCK_T, T), BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        m_t = t < T
+        row = tl.cast(pair, tl.int64) * T + t
+        values = tl.cast(load_rows(p_values, t, m_t, stride_vt, stride_vd, D_V, BLOCK_D_V), tl.float32)
+        offsets = tl.where((d < D_V)[None, :], values - output[None, :], 0.0)
+        distance = tl.sqrt(tl.sum(offsets * offsets, 1))
+        mean = _total(p_moments + row, m_t, stride, SHARES) * per_row
+        square = _total(p_moments + pairs * T + row, m_t, stride, SHARES) * per_row
+        last_mean = tl.load(p_last_moments + row, mask=m_t, other=0.0)
+        last_square = tl.load(p_last_moments + pairs * T + row, mask=m_t, other=0.0)
+        scores = (_per_remaining(mean, square) + last_weight * _per_remaining(last_mean, last_square)) * distance
+        # A key or value that is not finite leaves no finite score.
+        scores = tl.where(scores < float("inf"), scores, float("nan"))
+        if p_valid is not None:
+            is_valid = tl.load(p_valid + batch * stride_mb + t, mask=m_t, other=0) != 0
+            scores = tl.where(is_valid, scores, 0.0)
+        tl.store(p_scores + row, scores, mask=m_t)
 
 
 def value_scores(
@@ -240,7 +245,7 @@ def value_scores(
     """
     problem = problem_of(proxy_queries, last_query, keys, scaling, valid)
     gpu = gpu_of(keys.device)
-    first, second = tiles or choose_tiles(problem.constants["BLOCK_D"], keys.element_size(), gpu)
+    first, second = tiles or choose_value_tiles(problem.constants["BLOCK_D"], keys.element_size(), keys.shape[2], gpu)
     with torch.cuda.device_of(keys):
         shifts = log_sums(problem, first, gpu.multiprocessors)
         moments, last_moments = _moments(problem, second, shifts, gpu.multiprocessors)
@@ -298,7 +303,8 @@ def _scores(
         moments, values, outputs, tokens, kv_heads, tiles_per_part, per_row, *values.stride(), **constants
     )
     scores = values.new_empty((batch, kv_heads, tokens), dtype=torch.float32)
-    _scores_kernel[tiles, problem.pairs](
+    together = _TILES_PER_PROGRAM if tiles * problem.pairs >= _TILES_PER_PROGRAM * _PROGRAMS else 1
+    _scores_kernel[triton.cdiv(tiles, together), problem.pairs](
         moments,
         last_moments,
         outputs,
@@ -314,5 +320,6 @@ def _scores(
         **constants,
         PARTS=parts,
         BLOCK_PARTS=triton.next_power_of_2(parts),
+        TILES=together,
     )
     return scores

@@ -40,11 +40,8 @@ def group_mass(
     ]
     mass = (torch.stack(groups, dim=2) + last_mass.unsqueeze(2)) / (1 + proxies_per_group)
     mass[..., -1] = 0
-    last_mass = last_mass.masked_fill(~keys.isfinite().all(dim=-1), torch.nan)
-    if valid is not None:
-        last_mass = last_mass.masked_fill(~valid[:, None], 0)
     last_mass[..., -1] = 0
-    return mass, last_mass
+    return mass, last_mass.masked_fill(~keys.isfinite().all(dim=-1), torch.nan)
 
 
 class Columns(NamedTuple):

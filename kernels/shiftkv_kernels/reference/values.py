@@ -1,4 +1,4 @@
-"""The score that counts values, and the values refitted to the kept tokens (method, "Counting values")."""
+"""The score that counts values, and the values refitted to the kept tokens (method, steps 7 to 9)."""
 
 import torch
 
@@ -23,7 +23,7 @@ def value_scores(
     last_weight: float = 1.0,
     valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What each token gives to the output of the proxies and of the last query (method, value-aware steps 5 and 6).
+    """What each token gives to the output of the proxies and of the last query (method, steps 7 and 8).
 
     Args:
         proxy_queries: (B, H, N, D), rotated.
@@ -70,7 +70,7 @@ def attend(
     scaling: float,
     valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What queries behind a prompt get from it: nothing is causally masked (method, value-aware step 8).
+    """What queries behind a prompt get from it: nothing is causally masked (method, step 9).
 
     Args:
         queries: (B, H, n, D), rotated.
@@ -99,7 +99,7 @@ def refit_values(
     steps: int,
     valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Values with which the kept tokens give queries what the whole prompt gave them (method, value-aware step 8).
+    """Values with which the kept tokens give queries what the whole prompt gave them (method, step 9).
 
     Ridge regression of the missing output on the attention to the kept tokens, by conjugate gradients from the values
     as they are: each step lowers the squared error plus penalty, so that the error is never more than without.

@@ -13,11 +13,10 @@ from ..checks import BACKENDS, check_budget, check_choice, check_integer, check_
 _LLAVA = {"num_groups": 16, "stats_window": 512, "last_token_layers": 2}
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {"llava": _LLAVA, "llava_next": _LLAVA}
 
-# Found on generated documents with the embedded model, see examples/benchmarks/results/variations.md.
+# Found on generated documents with the embedded model, see examples/benchmarks/results/value_variations.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
     "value-aware": {"score": "values", "last_query_weight": 4.0, "refit_queries": 512},
-    "small-budget": {"mass": 0.5},
 }
 SCORES = ("votes", "values")
 _FINITE = "a finite number >= 0"
@@ -101,9 +100,7 @@ class ShiftKVConfig:
 
         Args:
             model: the model.
-            preset: "published"; "value-aware", which counts values and refits those that are kept; or "small-budget"
-                for budgets that are too small for what the prompt is asked about: groups vote for the tokens with half
-                of their mass, not with 95 % of it.
+            preset: "published", or "value-aware", which counts values and refits those that are kept.
             settings: fields of the config.
 
         Raises:

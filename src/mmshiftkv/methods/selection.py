@@ -28,7 +28,7 @@ def select_tokens(
     valid: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """The prompt tokens that MM-ShiftKV keeps (method, steps 4 to 6; with `values`, "Counting values").
+    """The prompt tokens that MM-ShiftKV keeps (method, steps 4 to 6; with `values`, steps 7 and 8).
 
     Args:
         proxy_queries: (B, H, N, D), rotated; the proxies of one group are neighbours.
@@ -87,7 +87,7 @@ def refit_values(
     valid: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Values with which the kept tokens give queries what the whole prompt gives them ("Counting values", step 8).
+    """Values with which the kept tokens give queries what the whole prompt gives them (method, step 9).
 
     Args:
         queries: (B, H, n, D), rotated to positions behind the prompt: some of the proxies.

@@ -46,7 +46,7 @@ class ShiftKV(Method):
     """MM-ShiftKV (Findings of ACL 2026): scores by the attention of variance-expanded query proxies.
 
     As published, groups of proxies vote for the tokens that they attend to.  With `score="values"` a token counts by
-    what it gives to the proxies' outputs, and the kept values can be refitted ("Counting values" in docs/method.md).
+    what it gives to the proxies' outputs, and the kept values can be refitted (method, steps 7 to 9).
 
     Attributes:
         config: the settings; what concerns budget and storage is not looked at.
@@ -96,11 +96,12 @@ class ShiftKV(Method):
         values: torch.Tensor,
         valid: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Votes plus the last query's mass (method, steps 4 to 6), or what tokens give ("Counting values")."""
+        """Votes plus the last query's mass (method, steps 4 to 6), or what tokens give (steps 7 and 8)."""
         if self.config.score == "votes":
             mass, last_mass = self.attention_mass(layer, summary, keys, valid)
             scores = vote(mass, self.config.mass, backend=self.config.backend) + last_mass
-            return _marked(scores, keys, values)
+            # Votes see no values: one that is not finite makes a sum that is not, and 0 times that is NaN.
+            return scores + 0 * values.sum(dim=-1, dtype=torch.float32)
         return value_scores(
             summary.queries.to(keys.dtype),
             summary.last_query.to(keys.dtype),
@@ -136,7 +137,7 @@ class ShiftKV(Method):
         kept: torch.Tensor,
         valid: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """Values with which the kept tokens give proxies what the prompt gave them ("Counting values", step 8)."""
+        """Values with which the kept tokens give proxies what the prompt gave them (method, step 9)."""
         config = self.config
         if not config.refit_queries:
             return None
@@ -178,13 +179,3 @@ class ShiftKV(Method):
             last=last,
             backend=config.backend,
         )
-
-
-def _marked(scores: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Scores (B, H_kv, T) of votes, NaN where a value is not finite, or the last key: votes do not look at these.
-
-    A number that is not finite makes every sum so, and 0 times that is NaN.
-    """
-    scores = scores + 0 * values.sum(dim=-1, dtype=torch.float32)
-    scores[..., -1] += 0 * keys[:, :, -1].sum(dim=-1, dtype=torch.float32)
-    return scores
