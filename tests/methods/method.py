@@ -96,7 +96,7 @@ class Refit:
         whole = np.stack([softmax(np.where(valid, keys @ row * scaling, -np.inf)) for row in rows])
         part = np.stack([softmax(np.where(valid[chosen], keys[chosen] @ row * scaling, -np.inf)) for row in rows])
         squares = (part**2).sum(axis=0)
-        counted = squares[squares > 0]
+        counted = squares[valid[chosen]]
         usual = np.exp(np.log(np.maximum(counted, 1e-6 * counted.mean())).mean())
         return cls(part, whole @ values - part @ values[chosen], ridge * usual, values[chosen])
 
