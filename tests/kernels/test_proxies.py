@@ -58,6 +58,68 @@ def test_samples_are_those_of_the_reference(size, window, padding, device):
     torch.testing.assert_close(half, found.bfloat16(), atol=1e-2 * scale, rtol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(32, 100), (3, 7), (5, 600), (1, 1)])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_last_state_follows_the_samples_of_its_row(size, backend, dtype, device):
+    generator = torch.Generator().manual_seed(0)
+    means, squares = torch.randn(3, 20, generator=generator).to(device), torch.ones(3, 20, device=device)
+    valid = torch.arange(20, device=device) >= torch.tensor([[0], [7], [19]], device=device)
+    arguments = {"count": size[0], "features": size[1], "gamma": 2.0, "seed": 1, "stream": 3, "dtype": dtype}
+    arguments |= {"valid": valid, "backend": backend}
+    # As it comes: the last token of hidden states, a copy of it, and one whose features are no neighbours.
+    hidden = torch.randn(3, 4, size[1], generator=generator).to(device, dtype)
+    turned = hidden.transpose(1, 2).contiguous().transpose(1, 2)
+    expected = draw_samples(means, squares, **arguments)
+    for states in (hidden, turned):
+        for last in (states[:, 3:], states[:, 3:].clone()):
+            found = draw_samples(means, squares, **arguments, last=last)
+            assert found.shape == (3, size[0] + 1, size[1])
+            assert found.dtype == dtype
+            assert found.is_contiguous()
+            assert found[:, :-1].equal(expected)
+            assert found[:, -1:].equal(last)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"last": torch.zeros(2, 2, 8)}, ValueError, r"last has shape \(2, 2, 8\)"),
+        ({"last": torch.zeros(2, 1, 7)}, ValueError, r"last has shape \(2, 1, 7\)"),
+        ({"last": torch.zeros(3, 1, 8)}, ValueError, r"last has shape \(3, 1, 8\)"),
+        (
+            {"last": torch.zeros(2, 1, 8).half()},
+            (TypeError, ValueError),
+            "last is torch.float16, must be torch.float32",
+        ),
+    ],
+)
+def test_a_last_state_that_does_not_fit_is_named(changes, error, words):
+    arguments = {"count": 4, "features": 8, "gamma": 1.0, "seed": 0, "stream": 0, "dtype": torch.float32, **changes}
+    with pytest.raises(error, match=words):
+        draw_samples(torch.zeros(2, 5), torch.ones(2, 5), **arguments)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_tokens_that_are_not_finite_are_no_part_of_the_statistics(backend, number, device):
+    generator = torch.Generator().manual_seed(0)
+    hidden = (torch.randn(2, 14, 24, generator=generator) + 5).to(device)
+    valid = torch.arange(14, device=device) >= torch.tensor([[0], [4]], device=device)
+    arguments = {"count": 8, "features": 24, "gamma": 3.0, "seed": 1, "stream": 2, "dtype": torch.float32}
+    arguments |= {"backend": backend}
+    for broken in ([3], [13], [0, 5, 13], list(range(6, 14))):
+        spoilt = hidden.clone()
+        spoilt[0, broken, 7] = number
+        without = valid.clone()
+        without[0, broken] = False
+        for window in (None, 9):
+            found = draw_samples(*token_statistics(spoilt, backend=backend), **arguments, valid=valid, window=window)
+            whole = draw_samples(*token_statistics(hidden, backend=backend), **arguments, valid=without, window=window)
+            torch.testing.assert_close(found, whole, atol=1e-4, rtol=1e-4)
+            assert found.isfinite().all()
+
+
 def test_noise_is_normal_and_its_streams_are_unrelated():
     noises = [
         reference.gaussian_noise(512, 500, seed=seed, stream=stream, device=torch.device("cpu"))

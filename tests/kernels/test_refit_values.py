@@ -78,10 +78,12 @@ def test_large_inputs_are_what_the_reference_says(problem, count, dtype):
     check(problem, count, torch.device("cuda"), dtype)
 
 
+# With the last spread the squared attention to some tokens is too small for float32: it is not that of padding.
+@pytest.mark.parametrize("spread", [2.0, 8.0, 40.0])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_it_is_the_statement_in_float64(backend, device):
+def test_it_is_the_statement_in_float64(backend, spread, device):
     problem, count = Problem(2, 6, 2, 12, 3, 16, 23, padding=5, value_dim=8), 7
-    queries, _, keys = problem.tensors(device)
+    queries, _, keys = problem.tensors(device, spread=spread)
     values, kept, keywords = problem.values(device), problem.kept(count, device), options(problem, device)
     outputs = attend(queries, keys, values, **keywords, backend=backend)
     found = refit_values(queries, outputs, keys, values, kept, **keywords, ridge=RIDGE, steps=40, backend=backend)
@@ -89,7 +91,7 @@ def test_it_is_the_statement_in_float64(backend, device):
     valid = problem.valid("cpu").numpy()
     for row, head in np.ndindex(2, 2):
         heads = slice(3 * head, 3 * head + 3)
-        expected = method.refitted(
+        refit = method.Refit.of(
             arrays[0][row, heads],
             arrays[1][row, head],
             arrays[2][row, head],
@@ -98,7 +100,7 @@ def test_it_is_the_statement_in_float64(backend, device):
             0.25,
             RIDGE,
         )
-        np.testing.assert_allclose(found[row, head].cpu().numpy(), expected, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(found[row, head].cpu().numpy(), refit.values(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

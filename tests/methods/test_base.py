@@ -57,6 +57,40 @@ def test_a_prompt_in_chunks_is_shown_piece_by_piece():
     assert all(entry[4] is None for entry in method.scored)
 
 
+@dataclass(frozen=True)
+class Prepared(Recorder):
+    """Prepares once for scores and refit, and keeps what all of them were given."""
+
+    prepared: list
+    refitted: list
+
+    def prepare(self, layer, summary, valid):
+        self.prepared.append((layer.index, summary, valid))
+        return f"of layer {layer.index}"
+
+    def refit(self, layer, summary, keys, values, kept, valid):
+        self.refitted.append((layer.index, summary, kept, valid))
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_what_is_prepared_of_a_whole_prompt_goes_to_scores_and_refit(chunk):
+    model = models.text_model()
+    method = Prepared([], [], [], [])
+    settings = {"prefill": "chunked", "prompt_length": 40} if chunk else {}
+    cache = PrefillSelectionCache(model, method, budget=5, **settings)
+    inputs = models.left_padded([40, 30])
+    for start in range(0, 40, chunk or 40):
+        end = min(start + (chunk or 40), 40)
+        ids, mask = inputs["input_ids"][:, start:end], inputs["attention_mask"][:, :end]
+        prefill(model, cache, ids, attention_mask=mask)
+    assert [entry[:2] for entry in method.prepared] == [(index, 40) for index in range(3)]
+    assert all(entry[2].equal(inputs["attention_mask"].bool()) for entry in method.prepared)
+    for calls in (method.scored, method.refitted):
+        assert [entry[:2] for entry in calls] == [(index, f"of layer {index}") for index in range(3)]
+        assert all(entry[-1].equal(inputs["attention_mask"].bool()) for entry in calls)
+    assert all(entry[2].equal(cache.kept_indices(entry[0])) for entry in method.refitted)
+
+
 def test_a_prompt_that_fits_is_not_scored():
     model = models.text_model()
     method = Recorder([], [])

@@ -66,6 +66,21 @@ def test_keywords_override_the_family_and_a_config_is_taken_as_it_is(vision_case
         ({"mass": 0}, ValueError, r"mass=0 must be a number in \(0, 1\]"),
         ({"mass": 1.01}, ValueError, "mass=1.01"),
         ({"mass": NAN}, ValueError, "mass=nan"),
+        ({"score": "value"}, ValueError, "score='value' must be one of 'votes', 'values'"),
+        ({"score": None}, ValueError, "score=None must be one of 'votes', 'values'"),
+        ({"last_query_weight": -0.5}, ValueError, "last_query_weight=-0.5 must be a finite number >= 0"),
+        ({"last_query_weight": NAN}, ValueError, "last_query_weight=nan must be a finite number >= 0"),
+        ({"last_query_weight": float("inf")}, ValueError, "last_query_weight=inf must be a finite number >= 0"),
+        ({"last_query_weight": "4"}, TypeError, "last_query_weight='4' must be a finite number >= 0"),
+        ({"last_query_weight": True}, TypeError, "last_query_weight=True must be a finite number >= 0"),
+        ({"refit_queries": -1}, ValueError, "refit_queries=-1 must be an int >= 0"),
+        ({"refit_queries": 64.0}, TypeError, "refit_queries=64.0 must be an int >= 0"),
+        ({"refit_queries": None}, TypeError, "refit_queries=None must be an int >= 0"),
+        ({"refit_ridge": 0}, ValueError, "refit_ridge=0 must be a finite number > 0"),
+        ({"refit_ridge": -3.0}, ValueError, "refit_ridge=-3.0 must be a finite number > 0"),
+        ({"refit_ridge": float("inf")}, ValueError, "refit_ridge=inf must be a finite number > 0"),
+        ({"refit_ridge": NAN}, ValueError, "refit_ridge=nan must be a finite number > 0"),
+        ({"refit_ridge": "3"}, TypeError, "refit_ridge='3' must be a finite number > 0"),
         ({"stats_window": 0}, ValueError, "stats_window=0"),
         ({"future_stride": 0}, ValueError, "future_stride=0"),
         ({"last_token_layers": -1}, ValueError, "last_token_layers=-1"),
@@ -91,11 +106,13 @@ def test_a_config_and_settings_together_or_neither_are_refused():
 
 def test_a_preset_lies_between_the_family_and_the_settings(vision_case):
     model = vision_case("vicuna").model
-    small = ShiftKVCache(model, budget=8, preset="small-budget").config
-    assert small == ShiftKVConfig.for_model(model, budget=8, mass=0.5)
-    assert ShiftKVConfig.for_model(model, budget=8, preset="small-budget", mass=0.7).mass == 0.7
+    values = ShiftKVCache(model, budget=8, preset="value-aware").config
+    assert (values.score, values.last_query_weight, values.refit_queries) == ("values", 4.0, 512)
+    assert (values.num_groups, values.stats_window, values.last_token_layers) == (16, 512, 2)
+    changed = ShiftKVConfig.for_model(model, budget=8, preset="value-aware", refit_queries=0)
+    assert changed == values.replace(refit_queries=0)
     assert ShiftKVConfig.for_model(model, budget=8, preset="published") == ShiftKVConfig.for_model(model, budget=8)
-    with pytest.raises(ValueError, match="preset='tiny' must be one of 'published', 'small-budget'"):
+    with pytest.raises(ValueError, match="preset='tiny' must be one of 'published', '"):
         ShiftKVCache(model, budget=8, preset="tiny")
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 import models
 from mmshiftkv import ShiftKVCache
 
-from .bench import Bench, Prompts, TextModel, draw_budget, tokens_kept
+from .bench import Bench, Prompts, Settings, TextModel, draw_budget, draw_score, tokens_kept
 from .case import Case, Draws, Outcome, refused
 from .checks import (
     check_kept,
@@ -34,6 +34,7 @@ class Assisted(Case):
         new_tokens: generated, at most.
         room: `max_new_tokens` of the cache.
         second: a second assisted turn follows, which is refused.
+        score: settings of ShiftKV that say what scores count, and whether values are refitted.
     """
 
     model: TextModel
@@ -44,6 +45,7 @@ class Assisted(Case):
     new_tokens: int
     room: int | None
     second: bool
+    score: Settings
 
     @classmethod
     def draw(cls, draws: Draws) -> Self:
@@ -61,11 +63,12 @@ class Assisted(Case):
             draws.randint(2, 24),
             room,
             draws.is_rare(0.1),
+            draw_score(draws),
         )
 
     def run(self, bench: Bench) -> Outcome:
         model, inputs, width = bench.text(self.model), self.prompts.inputs(bench.device), self.prompts.width
-        cache = ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room)
+        cache = ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room, **dict(self.score))
         options = {"max_new_tokens": self.new_tokens, "eos_token_id": None}
         found = generate(model, inputs, cache, **options, **self._help(bench))
         assert found.sequences.shape == (1, width + self.new_tokens)
@@ -77,7 +80,7 @@ class Assisted(Case):
             expected = generate(model, inputs, full_cache(model), **options)
             outcome = compare_generations(found, expected, width)
         else:
-            alone = prefilled(model, ShiftKVCache(model, budget=self.budget), inputs)
+            alone = prefilled(model, ShiftKVCache(model, budget=self.budget, **dict(self.score)), inputs)
             outcome = compare_kept(kept_by_layer(cache), kept_by_layer(alone))
         if self.second:
             self._refuses_a_second_turn(bench, model, cache, found.sequences)

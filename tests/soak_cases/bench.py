@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.integrations import sdpa_attention
 
 import models
 
@@ -25,6 +27,10 @@ _LEFT_OUT = ("mixtral", "qwen3_moe", "llama-dynamic")
 SLIDING = ("gemma3_text", "qwen2")
 DECODERS = ("qwen2", *(name for name in models.SUPPORTED if name not in (*_LEFT_OUT, *SLIDING)))
 _MODELS_HELD = 32
+
+Settings = tuple[tuple[str, Any], ...]
+
+_repeat_kv = sdpa_attention.repeat_kv
 
 
 @dataclass(frozen=True)
@@ -117,9 +123,43 @@ def draw_budget(draws: "Draws", width: int, *, covering: bool = False) -> int | 
     )
 
 
+def draw_score(draws: "Draws", *, refit: bool = True) -> Settings:
+    """Settings of ShiftKV: what scores count, and whether values are refitted, if the case has a reference for that."""
+    weight = ("last_query_weight", draws.one_of(0.0, 1.0, 4.0))
+    settings = draws.one_of((), (("score", "values"),), (("score", "values"), weight))
+    queries = draws.one_of(0, 4, 64)
+    return (*settings, ("refit_queries", queries)) if refit and queries else settings
+
+
+def has_refit(settings: Settings) -> bool:
+    """Whether values are refitted: then the masked full cache, which has the values as they were, is no reference."""
+    return dict(settings).get("refit_queries", 0) > 0
+
+
 def tokens_kept(budget: int | float, width: int) -> int:
     """How many of `width` columns a budget keeps."""
     return min(width, budget if isinstance(budget, int) else math.ceil(Decimal(str(budget)) * width))
+
+
+def reads_wrong_masks(device: torch.device) -> bool:
+    """Whether attention on a device gives the last of 65 queries the mask of the first, where heads share one KV head.
+
+    A fault of torch's memory-efficient kernel on CUDA, mended in 2.14.1 (pytorch issue 191937): with keys and values
+    whose heads have stride 0, and T % 64 == 1 queries with a mask.
+    """
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, values = (
+        torch.randn(1, heads, 65, 32, generator=generator).to(device).expand(-1, 4, -1, -1) for heads in (4, 1, 1)
+    )
+    mask = torch.ones(65, 65, dtype=torch.bool, device=device).tril()
+    found = scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+    expected = scaled_dot_product_attention(queries, keys.contiguous(), values.contiguous(), attn_mask=mask)
+    return not torch.allclose(found, expected, atol=1e-2, rtol=1e-2)
+
+
+def contiguous_repeat_kv(states: torch.Tensor, repeats: int) -> torch.Tensor:
+    """As transformers repeats KV heads, but never a view with a stride of 0."""
+    return _repeat_kv(states, repeats).contiguous()
 
 
 class Bench:
@@ -133,6 +173,9 @@ class Bench:
         self.device = torch.device(device)
         self._models: OrderedDict[Any, Any] = OrderedDict()
         self._folder = tempfile.TemporaryDirectory()
+        # The full cache is what cases are compared with: it must not see tokens that are masked.
+        if self.device.type == "cuda" and reads_wrong_masks(self.device):
+            sdpa_attention.repeat_kv = contiguous_repeat_kv
 
     def text(self, wanted: TextModel) -> PreTrainedModel:
         """The decoder that a case asks for."""

@@ -11,7 +11,7 @@ import models
 from compiling import compiling, graphs
 from mmshiftkv import ShiftKVCache, decode_ahead
 
-from .bench import Bench, TextModel
+from .bench import Bench, Settings, TextModel, draw_score
 from .case import Case, Draws, Outcome
 from .checks import assert_close, check_kept, compare_generations, generate
 
@@ -31,6 +31,7 @@ class Compiled(Case):
         ahead: with `decode_ahead`.
         same_cache: one cache that is reset between the prompts; else a new one for each.
         turn: tokens of a second turn behind each answer; 0: there is none.
+        score: settings of ShiftKV that say what scores count, and whether values are refitted.
     """
 
     model: TextModel
@@ -42,6 +43,7 @@ class Compiled(Case):
     ahead: bool
     same_cache: bool
     turn: int
+    score: Settings
 
     @classmethod
     def draw(cls, draws: Draws) -> Self:
@@ -54,7 +56,8 @@ class Compiled(Case):
             room = draws.randint(1, new_tokens)
         choice = draws.one_of((), (("do_sample", True), ("top_k", 20)), (("repetition_penalty", 1.2),))
         ahead, same_cache = draws.is_rare(0.4), draws.is_rare(0.4)
-        return cls(model, lengths, draws.randint(1, 30), room, new_tokens, choice, ahead, same_cache, turn)
+        budget = draws.randint(1, 30)
+        return cls(model, lengths, budget, room, new_tokens, choice, ahead, same_cache, turn, draw_score(draws))
 
     def run(self, bench: Bench) -> Outcome:
         torch._dynamo.reset()
@@ -74,13 +77,13 @@ class Compiled(Case):
         return outcome
 
     def _cache(self, model: PreTrainedModel) -> ShiftKVCache:
-        return ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room)
+        return ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room, **dict(self.score))
 
     def _answer(
         self, bench: Bench, model: PreTrainedModel, cache: ShiftKVCache, lengths: list[int], seed: int
     ) -> Outcome:
         inputs = {name: part.to(bench.device) for name, part in models.left_padded(lengths, seed=seed).items()}
-        growing, width = ShiftKVCache(model, budget=self.budget), max(lengths)
+        growing, width = ShiftKVCache(model, budget=self.budget, **dict(self.score)), max(lengths)
         found, expected = self._both(bench, model, inputs, cache, growing)
         check_kept(cache, inputs["attention_mask"], self.budget)
         outcome = compare_generations(found, expected, width)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 import models
 from mmshiftkv import CACHE_ARGUMENT, ShiftKVCache
 
-from .bench import Bench, Prompts, TextModel, draw_budget, tokens_kept
+from .bench import Bench, Prompts, Settings, TextModel, draw_budget, draw_score, tokens_kept
 from .case import Case, Draws, Outcome
 from .checks import check_kept, check_lengths, compare_generations, full_cache, kept_by_layer, run_pass
 from .chunks import chunked_settings
@@ -49,6 +49,7 @@ class Copies(Case):
         tokens: fed one by one behind the prompt.
         again: the copy is copied once more.
         room: `max_new_tokens` of the cache.
+        score: settings of ShiftKV that say what scores count, and whether values are refitted.
     """
 
     model: TextModel
@@ -59,6 +60,7 @@ class Copies(Case):
     tokens: int
     again: bool
     room: int | None
+    score: Settings
 
     @classmethod
     def draw(cls, draws: Draws) -> Self:
@@ -69,12 +71,13 @@ class Copies(Case):
             sizes = (first, prompts.width - first)
         room = draws.one_of(None, 2, 12)
         budget, copied = draw_budget(draws, prompts.width), draws.randint(0, len(sizes))
-        return cls(model, prompts, budget, sizes, copied, draws.randint(1, 6), draws.is_rare(0.3), room)
+        tokens, again = draws.randint(1, 6), draws.is_rare(0.3)
+        return cls(model, prompts, budget, sizes, copied, tokens, again, room, draw_score(draws))
 
     def run(self, bench: Bench) -> Outcome:
         model, inputs = bench.text(self.model), self.prompts.inputs(bench.device)
         own = chunked_settings("single" if len(self.sizes) == 1 else "told", self.prompts.width, self.room)
-        whole, original = (ShiftKVCache(model, budget=self.budget, **own) for _ in range(2))
+        whole, original = (ShiftKVCache(model, budget=self.budget, **own, **dict(self.score)) for _ in range(2))
         self._feed(model, whole, inputs, range(self.copied))
         self._feed(model, original, inputs, range(self.copied))
         before = state_of(original)
@@ -117,6 +120,7 @@ class Conversation:
         full: with the full cache.
         room: `max_new_tokens` of the cache.
         new_tokens: of the answer.
+        score: settings of ShiftKV that say what scores count, and whether values are refitted.
     """
 
     prompts: Prompts
@@ -124,19 +128,21 @@ class Conversation:
     full: bool
     room: int | None
     new_tokens: int
+    score: Settings
 
     @classmethod
     def draw(cls, draws: Draws) -> Self:
         """Any prompt and budget."""
         prompts = Prompts.draw(draws, rows=2, longest=50)
         room = draws.one_of(None, None, draws.randint(1, 10))
-        return cls(prompts, draw_budget(draws, prompts.width), draws.is_rare(0.2), room, draws.randint(2, 6))
+        budget, full, new_tokens = draw_budget(draws, prompts.width), draws.is_rare(0.2), draws.randint(2, 6)
+        return cls(prompts, budget, full, room, new_tokens, draw_score(draws))
 
     def cache(self, model: PreTrainedModel) -> Any:
         """A new cache for it."""
         if self.full:
             return full_cache(model)
-        return ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room)
+        return ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room, **dict(self.score))
 
     def answer(self, model: PreTrainedModel, cache: Any) -> Any:
         """What `generate` gives."""

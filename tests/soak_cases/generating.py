@@ -9,7 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from mmshiftkv import ShiftKVCache, decode_ahead
 
-from .bench import FIRST_LETTER, Bench, Prompts, TextModel, draw_budget, letters, tokens_kept
+from .bench import FIRST_LETTER, Bench, Prompts, Settings, TextModel, draw_budget, draw_score, letters, tokens_kept
 from .case import Case, Draws, Outcome
 from .checks import (
     check_kept,
@@ -123,6 +123,7 @@ class SmallBudget(Case):
         room: `max_new_tokens` of the cache.
         ahead: with `decode_ahead`.
         streams: a streamer is given.
+        score: settings of ShiftKV that say what scores count, and whether values are refitted.
     """
 
     model: TextModel
@@ -132,6 +133,7 @@ class SmallBudget(Case):
     room: int | None
     ahead: bool
     streams: bool
+    score: Settings
 
     @classmethod
     def draw(cls, draws: Draws) -> Self:
@@ -141,11 +143,12 @@ class SmallBudget(Case):
         if draws.is_rare(0.15) or (ahead and room is None):
             room = draws.randint(1, generation.new_tokens)  # what does not fit moves to larger storage
         streams = len(prompts.lengths) * generation.rows_each == 1 and draws.is_rare(0.5)
-        return cls(model, prompts, draw_budget(draws, prompts.width), generation, room, ahead, streams)
+        budget, score = draw_budget(draws, prompts.width), draw_score(draws, refit=False)
+        return cls(model, prompts, budget, generation, room, ahead, streams, score)
 
     def run(self, bench: Bench) -> Outcome:
         model, inputs = bench.text(self.model), self.prompts.inputs(bench.device)
-        cache = ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room)
+        cache = ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room, **dict(self.score))
         options, streamer = self.generation.options(), Collected()
         own = {"custom_generate": decode_ahead} if self.ahead else {}
         if self.streams:
@@ -176,6 +179,7 @@ class CoveringBudget(Case):
     Attributes:
         room: `max_new_tokens` of the cache.
         ahead: with `decode_ahead`.
+        score: settings of ShiftKV that say what scores count, and whether values are refitted.
     """
 
     model: TextModel
@@ -184,17 +188,19 @@ class CoveringBudget(Case):
     generation: Generation
     room: int | None
     ahead: bool
+    score: Settings
 
     @classmethod
     def draw(cls, draws: Draws) -> Self:
         model, prompts, generation = TextModel.draw(draws), Prompts.draw(draws), Generation.draw(draws)
         ahead = not model.sliding and not generation.has_beams and draws.is_rare(0.2)
         room = draws.randint(1, 20) if ahead or draws.is_rare(0.4) else None
-        return cls(model, prompts, draw_budget(draws, prompts.width, covering=True), generation, room, ahead)
+        budget = draw_budget(draws, prompts.width, covering=True)
+        return cls(model, prompts, budget, generation, room, ahead, draw_score(draws))
 
     def run(self, bench: Bench) -> Outcome:
         model, inputs, options = bench.text(self.model), self.prompts.inputs(bench.device), self.generation.options()
-        cache = ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room)
+        cache = ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room, **dict(self.score))
         own = {"custom_generate": decode_ahead} if self.ahead else {}
         found = generate(model, inputs, cache, **options, **own)
         expected = generate(model, inputs, full_cache(model), **options)

@@ -10,7 +10,7 @@ import models
 from masked_reference import dropped_entries_masked
 from mmshiftkv import ShiftKVCache, decode_ahead
 
-from .bench import Bench, draw_budget, tokens_kept
+from .bench import Bench, Settings, draw_budget, draw_score, tokens_kept
 from .case import Case, Draws, Outcome
 from .checks import (
     check_kept,
@@ -57,6 +57,7 @@ class Images(Case):
         choice: number of `CHOICES`.
         room: `max_new_tokens` of the cache.
         ahead: with `decode_ahead`.
+        score: settings of ShiftKV that say what scores count, and whether values are refitted.
     """
 
     family: str
@@ -67,6 +68,7 @@ class Images(Case):
     new_tokens: int
     room: int | None
     ahead: bool
+    score: Settings
 
     @classmethod
     def draw(cls, draws: Draws) -> Self:
@@ -76,14 +78,16 @@ class Images(Case):
         ahead = ahead and "num_beams" not in CHOICES[choice]
         room = draws.randint(1, 12) if ahead or draws.is_rare(0.3) else None
         attention = draws.one_of("sdpa", "sdpa", "eager")
-        return cls(draws.choice(FAMILIES), attention, pages, share, choice, draws.randint(2, 7), room, ahead)
+        family, new_tokens = draws.choice(FAMILIES), draws.randint(2, 7)
+        score = draw_score(draws, refit=share is None)
+        return cls(family, attention, pages, share, choice, new_tokens, room, ahead, score)
 
     def run(self, bench: Bench) -> Outcome:
         case = bench.vision(self.family, self.attention)
         model, inputs = case.model, inputs_of(bench, case, self.pages)
         mask, width = inputs["attention_mask"], inputs["input_ids"].shape[1]
         budget = width if self.share is None else self.share
-        cache = ShiftKVCache(model, budget=budget, max_new_tokens=self.room)
+        cache = ShiftKVCache(model, budget=budget, max_new_tokens=self.room, **dict(self.score))
         options = {"max_new_tokens": self.new_tokens, **CHOICES[self.choice]}
         own = {"custom_generate": decode_ahead} if self.ahead else {}
         found = generate(model, inputs, cache, **options, **own)
@@ -107,6 +111,7 @@ class Questions(Case):
         budget: tokens or share.
         questions: new ids of each question.
         room: `max_new_tokens` of the cache.
+        score: settings of ShiftKV that say what scores count, and whether values are refitted.
     """
 
     family: str
@@ -115,18 +120,20 @@ class Questions(Case):
     budget: int | float
     questions: tuple[int, ...]
     room: int | None
+    score: Settings
 
     @classmethod
     def draw(cls, draws: Draws) -> Self:
         questions = tuple(draws.randint(1, 15) for _ in range(draws.randint(1, 3)))
         family, room = draws.choice(FAMILIES), draws.one_of(None, 4, 40)
         attention, budget = draws.one_of("sdpa", "eager"), draw_budget(draws, 120)
-        return cls(family, attention, draw_page(draws, 2), budget, questions, room)
+        page, score = draw_page(draws, 2), draw_score(draws, refit=False)
+        return cls(family, attention, page, budget, questions, room, score)
 
     def run(self, bench: Bench) -> Outcome:
         case, outcome = bench.vision(self.family, self.attention), Outcome.PASSED
         model, inputs = case.model, inputs_of(bench, case, (self.page,))
-        document = ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room)
+        document = ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room, **dict(self.score))
         full = full_cache(model)
         ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
         for cache in (document, full):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 import models
 from mmshiftkv import ShiftKVCache
 
-from .bench import Bench, Prompts, TextModel, draw_budget
+from .bench import Bench, Prompts, Settings, TextModel, draw_budget, draw_score
 from .case import Case, Draws, Outcome, Planted, PlantedInterrupt, refused
 from .checks import run_pass
 from .chunks import chunked_settings
@@ -47,6 +47,7 @@ class Interrupts(Case):
         interrupt: it is a Ctrl-C, which runs no hook; else an exception.
         room: `max_new_tokens` of the cache.
         goes_on: the cache is used once more before it is reset.
+        score: settings of ShiftKV that say what scores count, and whether values are refitted.
     """
 
     model: TextModel
@@ -61,6 +62,7 @@ class Interrupts(Case):
     interrupt: bool
     room: int | None
     goes_on: bool
+    score: Settings
 
     @classmethod
     def draw(cls, draws: Draws) -> Self:
@@ -84,6 +86,7 @@ class Interrupts(Case):
             draws.is_rare(0.5),
             draws.one_of(None, None, 8),
             draws.is_rare(0.5),
+            draw_score(draws),
         )
 
     def run(self, bench: Bench) -> Outcome:
@@ -109,7 +112,7 @@ class Interrupts(Case):
 
     def _cache(self, model: PreTrainedModel) -> ShiftKVCache:
         own = chunked_settings("single" if self.prompt_passes == 1 else "told", self.prompts.width, self.room)
-        return ShiftKVCache(model, budget=self.budget, **own)
+        return ShiftKVCache(model, budget=self.budget, **own, **dict(self.score))
 
     def _pass(self, model: PreTrainedModel, cache: Any, number: int) -> torch.Tensor:
         inputs = self.prompts.inputs(model.device)

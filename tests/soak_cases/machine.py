@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 import models
 from mmshiftkv import CACHE_ARGUMENT, ShiftKVCache
 
-from .bench import Bench, Prompts, TextModel, draw_budget, tokens_kept
+from .bench import Bench, Prompts, Settings, TextModel, draw_budget, draw_score, tokens_kept
 from .case import Case, Draws, Outcome, Planted, PlantedInterrupt, refused
 from .checks import assert_close, check_kept, check_lengths, generate, kept_by_layer, masked_logits, run_pass
 from .chunks import chunked_settings
@@ -32,6 +32,7 @@ class Machine(Case):
         prefill: "single"; "told" or "untold", in chunks with or without `prompt_length`.
         room: `max_new_tokens` of the cache.
         calls: names of `Calls.ALL`, each with a seed of its arguments.
+        score: settings of ShiftKV that say what scores count, and whether values are refitted.
     """
 
     model: TextModel
@@ -40,6 +41,7 @@ class Machine(Case):
     prefill: str
     room: int | None
     calls: tuple[tuple[str, int], ...]
+    score: Settings
 
     @classmethod
     def draw(cls, draws: Draws) -> Self:
@@ -50,7 +52,7 @@ class Machine(Case):
         calls = tuple((draws.choice(names), draws.randrange(2**31)) for _ in range(draws.randint(6, 25)))
         budget = draw_budget(draws, prompts.width, covering=draws.is_rare(0.25))
         first = draws.one_of("feed", "answer"), draws.randrange(2**31)
-        return cls(model, prompts, budget, prefill, room, (first, *calls))
+        return cls(model, prompts, budget, prefill, room, (first, *calls), draw_score(draws, refit=False))
 
     def run(self, bench: Bench) -> Outcome:
         calls = Calls(self, bench)
@@ -96,7 +98,7 @@ class Calls:
         self._model: PreTrainedModel = bench.text(case.model)
         self._prompt = case.prompts.inputs(bench.device)
         own = chunked_settings(case.prefill, case.prompts.width, case.room)
-        self.cache = ShiftKVCache(self._model, budget=case.budget, **own)
+        self.cache = ShiftKVCache(self._model, budget=case.budget, **own, **dict(case.score))
         self.refusals = 0
         self._others: list[tuple[ShiftKVCache, list[Any]]] = []
         self._forget()

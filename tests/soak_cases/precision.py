@@ -8,7 +8,7 @@ import torch
 import models
 from mmshiftkv import make_cache
 
-from .bench import Bench, Prompts, TextModel, draw_budget, tokens_kept
+from .bench import Bench, Prompts, TextModel, draw_budget, draw_score, tokens_kept
 from .case import Case, Draws, Outcome
 from .checks import check_kept, check_lengths, kept_by_layer, masked_logits, run_pass
 from .methods import draw_method, protected
@@ -37,7 +37,7 @@ class HalfPrecision(Case):
     def draw(cls, draws: Draws) -> Self:
         model = TextModel.draw(draws, dtype=draws.one_of("bfloat16", "float16"))
         prompts, budget = Prompts.draw(draws), 0
-        method, settings = draws.one_of(("shiftkv", ()), draw_method(draws))
+        method, settings = draws.one_of(("shiftkv", draw_score(draws, refit=False)), draw_method(draws))
         least = protected(method, dict(settings)) if method != "shiftkv" else 1
         while budget < least and not isinstance(budget, float):
             budget = draw_budget(draws, prompts.width + least)

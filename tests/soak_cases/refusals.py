@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 import models
 from mmshiftkv import ShiftKVCache, decode_ahead
 
-from .bench import Bench, Prompts, TextModel, draw_budget, tokens_kept
+from .bench import Bench, Prompts, Settings, TextModel, draw_budget, draw_score, tokens_kept
 from .case import Case, Draws, Outcome, refused
 from .checks import assert_close, check_kept, check_lengths, full_cache, generate, prefilled, run_pass
 from .chunks import chunked_settings
@@ -25,6 +25,7 @@ class Refusals(Case):
         what: the name of one of the methods below.
         room: `max_new_tokens` of the cache.
         ahead: the answers are those of `decode_ahead`.
+        score: settings of ShiftKV that say what scores count, and whether values are refitted.
     """
 
     model: TextModel
@@ -33,20 +34,22 @@ class Refusals(Case):
     what: str
     room: int
     ahead: bool
+    score: Settings
 
     @classmethod
     def draw(cls, draws: Draws) -> Self:
         model, prompts = TextModel.draw(draws, sliding=0.0), Prompts.draw(draws, shortest=3, longest=50)
         budget = draw_budget(draws, prompts.width, covering=draws.is_rare(0.2))
         what = draws.choice(["another_prompt", "nothing_new", "no_tokens", "another_model", "too_long", "wrong_crop"])
-        return cls(model, prompts, budget, what, draws.randint(1, 12), draws.is_rare(0.3))
+        room, ahead = draws.randint(1, 12), draws.is_rare(0.3)
+        return cls(model, prompts, budget, what, room, ahead, draw_score(draws))
 
     def run(self, bench: Bench) -> Outcome:
         model, inputs = bench.text(self.model), self.prompts.inputs(bench.device)
         settings: dict[str, Any] = {"max_new_tokens": self.room}
         if self.what == "too_long":
             settings = chunked_settings("told", self.prompts.width, self.room)
-        cache, twin = (ShiftKVCache(model, budget=self.budget, **settings) for _ in range(2))
+        cache, twin = (ShiftKVCache(model, budget=self.budget, **settings, **dict(self.score)) for _ in range(2))
         refuse: Callable[..., None] = getattr(self, self.what)
         refuse(bench, model, inputs, cache)
         assert models.hooks_on(model) == 0, "hooks are left on the model"
@@ -133,6 +136,7 @@ class Masks(Case):
         hidden: the columns that are padding, by row; the first row has none.
         ready_made: a 4-D mask says so.
         room: `max_new_tokens` of the cache.
+        score: settings of ShiftKV that say what scores count, and whether values are refitted.
     """
 
     model: TextModel
@@ -141,6 +145,7 @@ class Masks(Case):
     hidden: tuple[tuple[int, ...], ...]
     ready_made: bool
     room: int | None
+    score: Settings
 
     @classmethod
     def draw(cls, draws: Draws) -> Self:
@@ -152,7 +157,8 @@ class Masks(Case):
         ]
         hidden = ((), *(tuple(sorted(draws.choice(kinds))) for _ in range(draws.randint(1, 2))))
         budget = draw_budget(draws, width, covering=draws.is_rare(0.5))
-        return cls(TextModel.draw(draws, sliding=0.0), width, budget, hidden, draws.is_rare(0.3), draws.one_of(None, 5))
+        model, ready_made, room = TextModel.draw(draws, sliding=0.0), draws.is_rare(0.3), draws.one_of(None, 5)
+        return cls(model, width, budget, hidden, ready_made, room, draw_score(draws))
 
     def run(self, bench: Bench) -> Outcome:
         model, rows = bench.text(self.model), len(self.hidden)
@@ -160,7 +166,7 @@ class Masks(Case):
         mask = torch.ones_like(ids)
         for row, columns in enumerate(self.hidden):
             mask[row, list(columns)] = 0
-        cache = ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room)
+        cache = ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room, **dict(self.score))
         if not self._is_accepted(mask):
             with refused("4-D|padding"):
                 self._prefill(model, cache, ids, mask)

@@ -8,7 +8,7 @@ import torch
 import models
 from mmshiftkv import PrefillSelectionCache, ShiftKVCache
 
-from .bench import Bench, Prompts, TextModel, draw_budget
+from .bench import Bench, Prompts, Settings, TextModel, draw_budget, draw_score
 from .case import Case, Draws, Outcome, refused
 from .checks import (
     assert_close,
@@ -31,6 +31,7 @@ class RowAlone(Case):
         row: the one that is run alone.
         steps: tokens fed behind the prompt, one by one.
         room: `max_new_tokens` of the batch's cache.
+        score: settings of ShiftKV that say what scores count, and whether values are refitted.
     """
 
     model: TextModel
@@ -39,6 +40,7 @@ class RowAlone(Case):
     row: int
     steps: int
     room: int | None
+    score: Settings
 
     @classmethod
     def draw(cls, draws: Draws) -> Self:
@@ -47,17 +49,17 @@ class RowAlone(Case):
         lengths = (width, *(draws.randint(1, width) for _ in range(draws.randint(1, 3))))
         prompts = Prompts(lengths, draws.randrange(2**31))
         budget = draws.randint(1, width + 3)
-        return cls(
-            model, prompts, budget, draws.randrange(len(lengths)), draws.randint(1, 5), draws.one_of(None, None, 6)
-        )
+        row, steps, room = draws.randrange(len(lengths)), draws.randint(1, 5), draws.one_of(None, None, 6)
+        return cls(model, prompts, budget, row, steps, room, draw_score(draws))
 
     def run(self, bench: Bench) -> Outcome:
         model, inputs = bench.text(self.model), self.prompts.inputs(bench.device)
         length = self.prompts.lengths[self.row]
         padding = self.prompts.width - length
         own = {name: part[self.row : self.row + 1, padding:] for name, part in inputs.items()}
-        together = prefilled(model, ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room), inputs)
-        alone = prefilled(model, ShiftKVCache(model, budget=self.budget), own)
+        score = dict(self.score)
+        together = prefilled(model, ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room, **score), inputs)
+        alone = prefilled(model, ShiftKVCache(model, budget=self.budget, **score), own)
         check_kept(together, inputs["attention_mask"], self.budget)
         check_kept(alone, own["attention_mask"], self.budget)
         outcome = compare_kept(self._columns(together, padding), kept_by_layer(alone))
@@ -133,6 +135,7 @@ class RowChanges(Case):
         changes: each with how many tokens are fed before it, one by one.
         room: `max_new_tokens` of the cache.
         chunked: the prompt comes in chunks of unknown length, and ends with the first change.
+        score: settings of ShiftKV that say what scores count, and whether values are refitted.
     """
 
     model: TextModel
@@ -141,6 +144,7 @@ class RowChanges(Case):
     changes: tuple[tuple[int, RowChange], ...]
     room: int | None
     chunked: bool
+    score: Settings
 
     @classmethod
     def draw(cls, draws: Draws) -> Self:
@@ -152,12 +156,13 @@ class RowChanges(Case):
             changes.append((0 if chunked and not number else draws.randint(0, 3), change))
             rows = len(change.source(rows))
         room = draws.one_of(None, 3, 14)
-        return cls(model, prompts, draw_budget(draws, prompts.width), tuple(changes), room, chunked)
+        budget, score = draw_budget(draws, prompts.width), draw_score(draws, refit=False)
+        return cls(model, prompts, budget, tuple(changes), room, chunked, score)
 
     def run(self, bench: Bench) -> Outcome:
         model, inputs = bench.text(self.model), self.prompts.inputs(bench.device)
         own = chunked_settings("untold" if self.chunked else "single", self.prompts.width, self.room)
-        cache = prefilled(model, ShiftKVCache(model, budget=self.budget, **own), inputs)
+        cache = prefilled(model, ShiftKVCache(model, budget=self.budget, **own, **dict(self.score)), inputs)
         ids, mask, logits = inputs["input_ids"], inputs["attention_mask"], None
         for steps, change in self.changes:
             for _ in range(steps):
@@ -194,6 +199,7 @@ class OneRowForAll(Case):
         held: rows of the cache.
         steps: tokens fed to each row, one by one.
         room: `max_new_tokens` of the cache.
+        score: settings of ShiftKV that say what scores count, and whether values are refitted.
     """
 
     model: TextModel
@@ -203,6 +209,7 @@ class OneRowForAll(Case):
     held: int
     steps: int
     room: int | None
+    score: Settings
 
     @classmethod
     def draw(cls, draws: Draws) -> Self:
@@ -210,11 +217,13 @@ class OneRowForAll(Case):
         rows = draws.choice([count for count in (2, 3, 4) if count != held])
         prompts = Prompts((width,) * held, draws.randrange(2**31))
         model, budget = TextModel.draw(draws, sliding=0.0), draw_budget(draws, width)
-        return cls(model, prompts, budget, rows, held, draws.randint(1, 4), draws.one_of(None, 2, 9))
+        steps, room = draws.randint(1, 4), draws.one_of(None, 2, 9)
+        return cls(model, prompts, budget, rows, held, steps, room, draw_score(draws, refit=False))
 
     def run(self, bench: Bench) -> Outcome:
         model, inputs = bench.text(self.model), self.prompts.inputs(bench.device)
-        cache = prefilled(model, ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room), inputs)
+        cache = ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room, **dict(self.score))
+        prefilled(model, cache, inputs)
         tokens = models.prompt_ids(self.rows, self.steps, seed=self.prompts.seed).to(bench.device)
         if self.held > 1:
             return self._is_refused(model, cache, tokens)

@@ -10,11 +10,24 @@ import method
 import models
 from mmshiftkv import ShiftKVConfig, select_tokens
 from problems import Problem, allowed_errors, exact_group_mass, relative_error
-from shiftkv_kernels import gather, group_mass, keep_best, project_token, reference, token_statistics, vote
+from shiftkv_kernels import (
+    attend,
+    gather,
+    group_mass,
+    keep_best,
+    project_token,
+    reference,
+    refit_values,
+    token_statistics,
+    value_scores,
+    vote,
+)
 from shiftkv_kernels.device import is_interpreted
+from test_refit_values import exact_attention
 from test_shiftkv import assert_agrees
+from test_value_scores import exact_scores
 
-from .bench import Bench
+from .bench import Bench, draw_score
 from .case import Case, Draws, Outcome
 
 
@@ -33,6 +46,7 @@ class SelectTokens(Case):
         spread: of the queries; the larger, the fewer tokens have any weight.
         dtype: of queries and keys.
         backend: "torch" or "triton".
+        weight: of the last query, if values are counted; None: groups vote.
     """
 
     problem: Problem
@@ -41,6 +55,7 @@ class SelectTokens(Case):
     spread: float
     dtype: str
     backend: str
+    weight: float | None
 
     @classmethod
     def draw(cls, draws: Draws) -> Self:
@@ -64,6 +79,7 @@ class SelectTokens(Case):
             draws.one_of(0.5, 2.0, 6.0),
             dtype,
             draws.one_of("torch", "triton"),
+            draws.one_of(None, 0.0, 1.0, 4.0),
         )
 
     def run(self, bench: Bench) -> Outcome:
@@ -72,7 +88,12 @@ class SelectTokens(Case):
         valid = problem.valid(bench.device)
         use_triton = self.backend == "triton" and can_run_triton(bench.device, dtype)
         arguments: dict[str, Any] = {"budget": self.budget, "num_groups": problem.groups, "mass": self.mass}
-        kept = select_tokens(*tensors, valid=valid, backend="triton" if use_triton else "torch", **arguments)
+        values = None
+        if self.weight is not None:
+            values, arguments = problem.values(bench.device, dtype), {"budget": self.budget}
+            arguments["last_query_weight"] = self.weight
+        backend = "triton" if use_triton else "torch"
+        kept = select_tokens(*tensors, values=values, valid=valid, backend=backend, **arguments)
         assert kept.shape == (problem.batch, problem.kv_heads, min(self.budget, problem.tokens))
         assert kept.dtype == torch.int64
         everything = torch.ones(problem.batch, problem.tokens, dtype=torch.bool)
@@ -81,6 +102,7 @@ class SelectTokens(Case):
             *(part.float().cpu().numpy() for part in tensors),
             valid=(everything if valid is None else valid.cpu()).numpy(),
             scaling=problem.head_dim**-0.5,
+            values=None if values is None else values.float().cpu().numpy(),
             **arguments,
         )
         return Outcome.PASSED
@@ -136,6 +158,7 @@ class Kernels(Case):
         self._check_votes(problem, bench.device)
         self._check_choice(problem, tensors[2], times * self.count)
         self._check_token(tensors[2])
+        self._check_values(problem, tensors, times * self.count)
         return Outcome.PASSED
 
     def _check_mass(self, problem: Problem, tensors: list[torch.Tensor], device: torch.device) -> None:
@@ -166,6 +189,31 @@ class Kernels(Case):
         expected = gather(keys, -keys, kept, out=(room[2], room[3]), backend="torch")
         assert all(mine.equal(theirs) for mine, theirs in zip(found, expected, strict=True)), "the kept keys and values"
 
+    def _check_values(self, problem: Problem, tensors: list[torch.Tensor], count: int) -> None:
+        """Scores are those of float64, and refitted values those of plain torch, up to rounding."""
+        queries, last, keys = tensors
+        keywords: dict[str, Any] = {"scaling": problem.head_dim**-0.5, "valid": problem.valid(keys.device)}
+        values, kept = problem.values(keys.device, keys.dtype), problem.kept(count, keys.device)
+        norms = queries.float().norm(dim=-1).max() * keys.float().norm(dim=-1).max() * keywords["scaling"]
+        rounding = 2**-23 * max(norms.item(), 1.0)
+        exact = exact_scores(*tensors, values, **keywords, last_weight=1.0)
+        error, own = (
+            (value_scores(*tensors, values, **keywords, backend=backend) - exact).norm()
+            for backend in ("triton", "torch")
+        )
+        # A token with nearly all of the mass is divided by what is left, and lies next to the mean output.
+        left = min((1 - exact_attention(rows, keys, **keywords).mean(2)).min().item() for rows in (queries, last))
+        allowed = 2 * own + 8 * rounding / max(left, 1e-3) * (exact.norm() + values.double().norm())
+        assert error <= allowed, f"scores: error {error:.3g}, allowed {allowed:.3g}"
+        outputs = attend(queries, keys, values, **keywords, backend="torch")
+        keywords |= {"ridge": 3.0, "steps": 2}
+        found, expected = (
+            refit_values(queries, outputs, keys, values, kept, **keywords, backend=backend)
+            for backend in ("triton", "torch")
+        )
+        error, allowed = relative_error(found, expected.double()), 400 * rounding + torch.finfo(keys.dtype).eps
+        assert error <= allowed, f"refitted values: relative error {error:.3g}, allowed {allowed:.3g}"
+
     def _check_token(self, keys: torch.Tensor) -> None:
         states = keys.flatten(1, 2)
         for mine, theirs in zip(
@@ -184,7 +232,7 @@ class Kernels(Case):
 
 @dataclass(frozen=True)
 class WholeSelection(Case):
-    """A cache keeps what the float64 statement of all steps keeps, from the hidden states on; always on a CPU.
+    """A cache keeps and stores what the float64 statement of all steps says, from hidden states on; always on a CPU.
 
     Attributes:
         name, kv_heads: of the decoder.
@@ -213,7 +261,8 @@ class WholeSelection(Case):
         }
         name = draws.one_of("llama", "qwen2", "qwen3")
         lengths = tuple(draws.randint(2, 60) for _ in range(draws.randint(1, 3)))
-        return cls(name, draws.one_of(1, 2, 4), lengths, tuple(settings.items()))
+        kv_heads = draws.one_of(1, 2, 4)
+        return cls(name, kv_heads, lengths, (*settings.items(), *draw_score(draws)))
 
     def run(self, bench: Bench) -> Outcome:
         model = models.text_model(self.name, num_key_value_heads=self.kv_heads)

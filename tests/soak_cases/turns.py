@@ -9,7 +9,7 @@ import torch
 import models
 from mmshiftkv import ShiftKVCache, decode_ahead
 
-from .bench import Bench, Prompts, TextModel, draw_budget, tokens_kept
+from .bench import Bench, Prompts, Settings, TextModel, draw_budget, draw_score, tokens_kept
 from .case import Case, Draws, Outcome
 from .checks import assert_close, check_kept, check_lengths, generate, kept_by_layer, masked_logits, run_pass
 
@@ -23,6 +23,7 @@ class Turns(Case):
         room: `max_new_tokens` of the cache.
         ahead: with `decode_ahead`.
         sampled: the answers are sampled.
+        score: settings of ShiftKV that say what scores count, and whether values are refitted.
     """
 
     model: TextModel
@@ -32,6 +33,7 @@ class Turns(Case):
     room: int | None
     ahead: bool
     sampled: bool
+    score: Settings
 
     @classmethod
     def draw(cls, draws: Draws) -> Self:
@@ -41,11 +43,12 @@ class Turns(Case):
         budget = draw_budget(draws, prompts.width, covering=draws.is_rare(0.2))
         ahead = not model.sliding and draws.is_rare(0.3)
         room = draws.randint(1, 30) if ahead or draws.is_rare(0.4) else None
-        return cls(model, prompts, budget, turns, room, ahead, draws.is_rare(0.3))
+        sampled, score = draws.is_rare(0.3), draw_score(draws, refit=False)
+        return cls(model, prompts, budget, turns, room, ahead, sampled, score)
 
     def run(self, bench: Bench) -> Outcome:
         model, inputs = bench.text(self.model), self.prompts.inputs(bench.device)
-        cache = ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room)
+        cache = ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room, **dict(self.score))
         ids, mask, found = inputs["input_ids"], inputs["attention_mask"], {}
         for number, (new, answer) in enumerate(self.turns):
             more = models.prompt_ids(ids.shape[0], new, seed=number).to(bench.device)
@@ -91,6 +94,7 @@ class PaddedTurns(Case):
         room: `max_new_tokens` of the cache.
         before: what comes between the prompt and the first turn: "step" (one token), "end_prompt", "copy" (the turns go
             to a deep copy), or "nothing".
+        score: settings of ShiftKV that say what scores count, and whether values are refitted.
     """
 
     model: TextModel
@@ -99,6 +103,7 @@ class PaddedTurns(Case):
     turns: tuple[tuple[int, ...], ...]
     room: int | None
     before: str
+    score: Settings
 
     @classmethod
     def draw(cls, draws: Draws) -> Self:
@@ -107,12 +112,13 @@ class PaddedTurns(Case):
         turns = tuple(tuple(draws.randint(1, 9) for _ in range(rows)) for _ in range(draws.randint(1, 3)))
         budget = draw_budget(draws, prompts.width, covering=draws.is_rare(0.2))
         before = draws.one_of("step", "end_prompt", "copy", "nothing")
-        return cls(model, prompts, budget, turns, draws.one_of(None, None, draws.randint(1, 30)), before)
+        room, score = draws.one_of(None, None, draws.randint(1, 30)), draw_score(draws, refit=False)
+        return cls(model, prompts, budget, turns, room, before, score)
 
     def run(self, bench: Bench) -> Outcome:
         model, inputs = bench.text(self.model), self.prompts.inputs(bench.device)
         prompt = inputs["attention_mask"]
-        cache = ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room)
+        cache = ShiftKVCache(model, budget=self.budget, max_new_tokens=self.room, **dict(self.score))
         run_pass(model, cache, inputs["input_ids"], prompt)
         pieces, mask = self._pieces(bench), prompt
         if self.before == "end_prompt":

@@ -11,11 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
+from ..reference.values import LEAST_ATTENTION as _LEAST_ATTENTION
 from .finite import load_finite, load_rows
 from .log_sums import LARGEST_LOGIT, LOWEST
 from .products import tile_products, whole_features
 from .solve import MOST_ON_CHIP, solve
 
+LEAST_ATTENTION = tl.constexpr(_LEAST_ATTENTION)
 _ROWS, _KEPT = 64, 64  # queries and kept tokens of a tile of attention
 _FEW_PRODUCTS, _MANY_PRODUCTS = 32, 64  # rows and columns of a tile of products, where few or many tokens are kept
 
@@ -51,7 +53,8 @@ def _give(
     D_V: tl.constexpr, BLOCK_D_V: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Stores the attention to the kept tokens c, and adds what they give."""
-    weights = tl.exp2(logits - shift[:, None])
+    weights = tl.maximum(tl.exp2(logits - shift[:, None]), LEAST_ATTENTION)
+    weights = tl.where(logits > float("-inf"), weights, 0.0)
     tl.store(p_attention + c[None, :], weights, mask=m_rows[:, None] & (c < C)[None, :])
     token = tl.load(p_kept + c, mask=c < C, other=0)
     b_v = tl.cast(load_finite(p_v, token, c < C, stride_vt, stride_vd, D_V, BLOCK_D_V), tl.float32)

@@ -9,6 +9,9 @@ _QUERIES_AT_ONCE = 16  # bounds the attention, (B, H, so many, T) float32
 
 # A token on which all mass lies leaves this much to the others, so that its weight stays finite.
 LARGEST_MEAN = 1 - 1e-3
+# Attention to a kept token is at least this, so that its square is not taken for that of padding, whatever a device
+# makes of numbers too small for float32.
+LEAST_ATTENTION = 1e-18
 # Of the mean squared attention: tokens with less do not lower the penalty of a refit further.
 LEAST_SHARE = 1e-6
 
@@ -120,6 +123,8 @@ def refit_values(
     kept_keys, kept_values = (gather_rows(part, kept) for part in (keys, values))
     columns = columns_of(kept_keys, scaling, attended_tokens(keys, valid).gather(2, kept))
     attention = attention_of(queries, columns).flatten(2, 3)
+    is_attended = columns.attended & (attention.sum(dim=-1, keepdim=True) > 0)
+    attention = attention.clamp_min(LEAST_ATTENTION).where(is_attended, 0)
     missing = outputs.float().unflatten(1, (kept.shape[1], -1)).flatten(2, 3) - attention @ kept_values.float()
     gram = attention.transpose(-1, -2) @ attention
     squares = gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)

@@ -99,12 +99,14 @@ class ShiftKV(Method):
         """Votes plus the last query's mass (method, steps 4 to 6), or what tokens give (steps 7 and 8)."""
         if self.config.score == "votes":
             mass, last_mass = self.attention_mass(layer, summary, keys, valid)
-            return vote(mass, self.config.mass, backend=self.config.backend) + last_mass
+            scores = vote(mass, self.config.mass, backend=self.config.backend) + last_mass
+            # Votes see no values: one that is not finite makes a sum that is not, and 0 times that is NaN.
+            return scores + 0 * values.sum(dim=-1, dtype=torch.float32)
         return value_scores(
             summary.queries.to(keys.dtype),
             summary.last_query.to(keys.dtype),
             keys,
-            values,
+            values.to(keys.dtype),  # as under autocast, where rotation makes keys of another dtype
             scaling=layer.scaling,
             last_weight=self.config.last_query_weight,
             valid=valid,
@@ -143,12 +145,13 @@ class ShiftKV(Method):
         # A power of two fills the kernels' tiles.
         count = 1 << (math.ceil(config.refit_queries / heads_each) - 1).bit_length()
         queries = summary.queries[:, :, :count].to(keys.dtype)
-        outputs = attend(queries, keys, values, scaling=layer.scaling, valid=valid, backend=config.backend)
-        return refit_values(
+        given = values.to(keys.dtype)
+        outputs = attend(queries, keys, given, scaling=layer.scaling, valid=valid, backend=config.backend)
+        refitted = refit_values(
             queries,
             outputs,
             keys,
-            values,
+            given,
             kept,
             scaling=layer.scaling,
             ridge=config.refit_ridge,
@@ -156,6 +159,7 @@ class ShiftKV(Method):
             valid=valid,
             backend=config.backend,
         )
+        return refitted.to(values.dtype)
 
     def _samples(self, index: int, summary: PromptSummary, valid: torch.Tensor | None) -> torch.Tensor:
         """(B, N + 1, d): the samples, and behind them the last token's state."""
