@@ -256,10 +256,7 @@ def keep_best(
     check_valid(valid, "scores", scores, scores.shape[0], scores.shape[2])
     if not 1 <= count <= scores.shape[2]:
         raise ValueError(f"count={count!r} must be from 1 to the {scores.shape[2]} tokens of scores")
-    if not_finite is not None:
-        check_shape("not_finite", not_finite, "(1,)", (1,))
-        check_dtype("not_finite", not_finite, torch.bool)
-        check_device("not_finite", not_finite, "scores", scores)
+    _check_flag(not_finite, "scores", scores)
     if takes_triton(backend, scores.device):
         from .fused.keep_best import keep_best as fused
 
@@ -273,11 +270,14 @@ def gather(
     indices: torch.Tensor,
     *,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    valid: torch.Tensor | None = None,
+    not_finite: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The keys and values of the tokens `indices`, (B, H_kv, C), in the first of the S slots of `out`; then zeros.
 
-    Without `out` they come in new storage of C slots.  TypeError if `out` is not a tuple of two tensors.
+    Without `out` they come in new storage of C slots.  Numbers that are not finite become 0, and where a token that is
+    no padding has some, `not_finite` (1,) is set to True.  TypeError if `out` is not a tuple of two tensors.
     """
     check_shape("keys", keys, "(B, H_kv, T, D)", (None, None, None, None))
     check_shape("values", values, "(B, H_kv, T, D_v)", (*keys.shape[:3], None))
@@ -287,11 +287,13 @@ def gather(
     check_device("indices", indices, "keys", keys)
     if out is not None:
         _check_out(out, keys, values, indices.shape[2])
+    check_valid(valid, "keys", keys, keys.shape[0], keys.shape[2])
+    _check_flag(not_finite, "keys", keys)
     if takes_triton(backend, keys.device):
         from .fused.gather import gather as fused
 
-        return fused(keys, values, indices, out=out)
-    return reference.gather(keys, values, indices, out=out)
+        return fused(keys, values, indices, out=out, valid=valid, not_finite=not_finite)
+    return reference.gather(keys, values, indices, out=out, valid=valid, not_finite=not_finite)
 
 
 def project_token(
@@ -318,6 +320,13 @@ def project_token(
 
         return fused(state, weights, biases)
     return reference.project_token(state, weights, biases)
+
+
+def _check_flag(not_finite: torch.Tensor | None, like_name: str, like: torch.Tensor) -> None:
+    if not_finite is not None:
+        check_shape("not_finite", not_finite, "(1,)", (1,))
+        check_dtype("not_finite", not_finite, torch.bool)
+        check_device("not_finite", not_finite, like_name, like)
 
 
 def _check_out(out: tuple[torch.Tensor, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, count: int) -> None:

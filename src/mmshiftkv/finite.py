@@ -6,14 +6,15 @@ from typing import Any
 import torch
 
 MESSAGE = (
-    "the prompt has keys or values that are not finite (NaN or inf): their tokens score last, and zeros are stored for "
-    "such numbers; the model may have overflowed in its dtype"
+    "the prompt has keys or values that are not finite (NaN or inf): tokens whose score they spoil come last, and zeros "
+    "are stored for such numbers; the model may have overflowed in its dtype"
 )
 
 
 class FiniteCheck:
-    """Whether the scores of one prompt were finite, in all layers: a flag on each device, looked at when it is there.
+    """Whether the scores of one prompt, and what is stored of it, were finite in all layers.
 
+    A flag on each device says it, which is looked at when it has come to the host.
     A deep copy has nothing to warn of: the original does.
     """
 
@@ -25,7 +26,7 @@ class FiniteCheck:
         return FiniteCheck()
 
     def flag(self, device: torch.device) -> torch.Tensor:
-        """The flag on a device, (1,) bool, which scores that are not finite set to True."""
+        """The flag on a device, (1,) bool, which what is not finite sets to True."""
         if device not in self._flags:
             self._flags[device] = torch.zeros(1, dtype=torch.bool, device=device)
         return self._flags[device]

@@ -215,7 +215,7 @@ class Prefill:
 
     def _select(self, index: int, layer: SelectedLayer, keys: torch.Tensor, values: torch.Tensor) -> SelectedLayer:
         """Hands over to storage what is kept of a complete prompt."""
-        kept = refitted = None
+        kept = refitted = valid = not_finite = None
         tokens = keys.shape[2]
         count = tokens_to_keep(self._settings.budget, tokens)
         if count < tokens:
@@ -231,4 +231,4 @@ class Prefill:
             refitted = checked_values(self._method, refitted, values, kept)
         self._summaries.pop(index, None)
         self._ended += 1
-        return self._storage.store(index, layer, Selection(kept, keys, values, refitted))
+        return self._storage.store(index, layer, Selection(kept, keys, values, refitted, valid, not_finite))

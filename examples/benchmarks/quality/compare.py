@@ -3,7 +3,7 @@
     python examples/benchmarks/quality/compare.py --count 100 --json compare.json --plot compare.png
     python examples/benchmarks/quality/compare.py --methods shiftkv snapkv --budgets 64 --tasks lookup
     python examples/benchmarks/quality/compare.py --methods all --budgets 64 32
-    python examples/benchmarks/quality/compare.py --read compare.json --plot compare.png
+    python examples/benchmarks/quality/compare.py --read compare.json peers.json --plot compare.png
 
 Every task gets the same held-out questions with the full cache and with each method at each budget. The first table
 gives exact match (case and white space count) and ANLS (the measure of DocVQA) in percent, the second the decode
@@ -55,7 +55,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"to compress with; the full cache is always measured (default: {' '.join(USUAL)})",
     )
     add("--plot", type=picture_file, help="draw exact match and recall against the budget into this file, such as .png")
-    add("--read", type=comparison_file, metavar="JSON", help="measure nothing; show this file of --json")
+    add(
+        "--read",
+        type=comparison_file,
+        nargs="+",
+        metavar="JSON",
+        help="measure nothing; show these files of --json together, each method as the first of them has it",
+    )
     arguments = parser.parse_args(argv)
     if arguments.read and arguments.json:
         parser.error("--json goes without --read")
@@ -90,10 +96,11 @@ def run(arguments: argparse.Namespace) -> "list[Result]":
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; without `argv`, that of the program."""
     arguments = parse_arguments(argv)
-    from benchmarks.quality.comparison import read, recall_table, table
+    from benchmarks.quality.comparison import joined, recall_table, table
     from benchmarks.quality.comparison_picture import draw_plot
 
-    results = read(arguments.read) if arguments.read else run(arguments)
+    with errors_in_one_line():
+        results = joined(arguments.read) if arguments.read else run(arguments)
     print(table(results), recall_table(results), sep="\n\n")
     if arguments.plot:
         draw_plot(results).savefig(arguments.plot, dpi=150)

@@ -197,6 +197,30 @@ def read(record: dict[str, Any]) -> list[Result]:
     return [_read_result(result) for result in record["results"]]
 
 
+def joined(records: Sequence[dict[str, Any]]) -> list[Result]:
+    """The results of several records of `record`, by budget and in the order of COMPARED.
+
+    A setup that several have is that of the first of them.
+
+    Raises:
+        ValueError: they are not about the same questions.
+    """
+    for name in ("tasks", "count", "seed", "builtin_font_only", "model"):
+        first, *others = (one["settings"][name] for one in records)
+        for other in others:
+            if other != first:
+                raise ValueError(
+                    f"--read: the files are not about the same questions: {name} is {first!r} and {other!r}"
+                )
+    found: dict[Setup, Result] = {}
+    for one in records:
+        for result in read(one):
+            found.setdefault(result.setup, result)
+    budgets = list(dict.fromkeys(setup.budget for setup in found))
+    names = ["full", *COMPARED]
+    return sorted(found.values(), key=lambda one: (budgets.index(one.setup.budget), names.index(one.setup.method)))
+
+
 def _read_result(result: dict[str, Any]) -> Result:
     tasks, recalls = {}, {}
     for task, scores in result["tasks"].items():

@@ -11,20 +11,27 @@ _SLOTS_PER_PROGRAM = 16
 
 @triton.jit
 def _copy_rows(p_from, p_to, token, slot, C, S, stride_t, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Copies the row of each token to its slot, and zeros to the slots from C on; what is not finite becomes 0."""
+    """Copies the row of each token to its slot, and zeros to the slots from C on; what is not finite becomes 0.
+
+    Returns:
+        Which of the rows were not finite.
+    """
     d = tl.cast(tl.arange(0, BLOCK_D), tl.int64)[None, :]
     token, slot = token[:, None], slot[:, None]
     rows = tl.load(p_from + token * stride_t + d * stride_d, mask=(slot < C) & (d < D), other=0)
     tl.store(p_to + slot * D + d, finite(rows), mask=(slot < S) & (d < D))
+    return tl.max(tl.where(tl.abs(rows) < float("inf"), 0, 1), 1)
 
 
-@triton.jit(do_not_specialize=["C", "S"])
+@triton.jit(do_not_specialize=["C", "S", "stride_mb"])
 def _gather_kernel(
     p_keys,
     p_values,
     p_indices,
     p_kept_keys,
     p_kept_values,
+    p_valid,
+    p_not_finite,
     C,
     S,
     H_KV,
@@ -36,6 +43,7 @@ def _gather_kernel(
     stride_vh,
     stride_vt,
     stride_vd,
+    stride_mb,
     D: tl.constexpr,
     D_V: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -51,8 +59,14 @@ def _gather_kernel(
     p_values += batch * stride_vb + kv_head * stride_vh
     p_kept_keys += pair * S * D
     p_kept_values += pair * S * D_V
-    _copy_rows(p_keys, p_kept_keys, token, slot, C, S, stride_kt, stride_kd, D, BLOCK_D)
-    _copy_rows(p_values, p_kept_values, token, slot, C, S, stride_vt, stride_vd, D_V, BLOCK_D_V)
+    is_broken = _copy_rows(p_keys, p_kept_keys, token, slot, C, S, stride_kt, stride_kd, D, BLOCK_D)
+    is_broken |= _copy_rows(p_values, p_kept_values, token, slot, C, S, stride_vt, stride_vd, D_V, BLOCK_D_V)
+    if p_not_finite is not None:
+        if p_valid is not None:
+            is_valid = tl.load(p_valid + batch * stride_mb + token, mask=slot < C, other=0) != 0
+            is_broken = tl.where(is_valid, is_broken, 0)
+        # All programs that store anything store the same.
+        tl.store(p_not_finite, tl.cast(1, tl.uint8), mask=tl.max(is_broken, 0) > 0)
 
 
 def gather(
@@ -61,6 +75,8 @@ def gather(
     indices: torch.Tensor,
     *,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    valid: torch.Tensor | None = None,
+    not_finite: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference.gather`, on a GPU."""
     batch, kv_heads, _, head_dim = keys.shape
@@ -77,11 +93,14 @@ def gather(
             indices.contiguous(),
             kept_keys,
             kept_values,
+            None if valid is None else valid.contiguous().view(torch.uint8),
+            None if not_finite is None else not_finite.view(torch.uint8),
             count,
             slots,
             kv_heads,
             *keys.stride(),
             *values.stride(),
+            keys.shape[2],
             D=head_dim,
             D_V=value_dim,
             BLOCK_S=_SLOTS_PER_PROGRAM,

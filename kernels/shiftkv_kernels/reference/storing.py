@@ -47,6 +47,8 @@ def gather(
     indices: torch.Tensor,
     *,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    valid: torch.Tensor | None = None,
+    not_finite: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The kept keys and values, in storage of their own.
 
@@ -57,12 +59,19 @@ def gather(
         out: keys (B, H_kv, S, D) and values (B, H_kv, S, D_v) to write to, S >= C, contiguous, of the inputs' dtype
             and device, sharing no memory with them.  The slots from C on are set to 0, whatever they held: attention
             gives empty slots no weight, but no weight times NaN is NaN.  None: new storage of C slots.
+        valid: (B, T) bool, False for padding; None when there is none.
+        not_finite: (1,) bool, set to True if one of these tokens that is no padding has numbers that are not finite.
 
     Returns:
         `out`, or new keys (B, H_kv, C, D) and values (B, H_kv, C, D_v), contiguous, of the inputs' dtype.  Numbers that
         are not finite become 0.
     """
     kept_keys, kept_values = gather_rows(keys, indices), gather_rows(values, indices)
+    if not_finite is not None:
+        is_broken = ~(keys.isfinite().all(dim=-1) & values.isfinite().all(dim=-1)).gather(2, indices)
+        if valid is not None:
+            is_broken = is_broken & valid[:, None].expand(-1, keys.shape[1], -1).gather(2, indices)
+        not_finite |= is_broken.any()
     if out is None:
         return kept_keys, kept_values
     return _store(kept_keys, out[0]), _store(kept_values, out[1])

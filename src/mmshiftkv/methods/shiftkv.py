@@ -99,9 +99,7 @@ class ShiftKV(Method):
         """Votes plus the last query's mass (method, steps 4 to 6), or what tokens give (steps 7 and 8)."""
         if self.config.score == "votes":
             mass, last_mass = self.attention_mass(layer, summary, keys, valid)
-            scores = vote(mass, self.config.mass, backend=self.config.backend) + last_mass
-            # Votes see no values: one that is not finite makes a sum that is not, and 0 times that is NaN.
-            return scores + 0 * values.sum(dim=-1, dtype=torch.float32)
+            return vote(mass, self.config.mass, backend=self.config.backend) + last_mass
         return value_scores(
             summary.queries.to(keys.dtype),
             summary.last_query.to(keys.dtype),

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from shiftkv_kernels import gather
+
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -18,12 +20,23 @@ class Selection:
         kept: (B, H_kv, C) int64, the columns to keep; None: all.
         keys, values: (B, H_kv, T, D), of the whole prompt.
         refitted: (B, H_kv, C, D), what to hold in place of the kept values; None: these.
+        valid: (B, T) bool, False for padding; None when there is none.
+        not_finite: (1,) bool, to be set to True if kept tokens have numbers that are not finite.
     """
 
     kept: torch.Tensor | None
     keys: torch.Tensor
     values: torch.Tensor
     refitted: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
+    not_finite: torch.Tensor | None = None
+
+    def gather(self, out: Pair | None, backend: str) -> Pair:
+        """The kept keys and values, as `shiftkv_kernels.gather` gives them."""
+        assert self.kept is not None
+        return gather(
+            self.keys, self.values, self.kept, out=out, valid=self.valid, not_finite=self.not_finite, backend=backend
+        )
 
     @property
     def seen(self) -> int:

@@ -4,8 +4,6 @@ from typing import Any
 
 import torch
 
-from shiftkv_kernels import gather
-
 from .base import Pair, SelectedLayer, Selection, Storage
 
 _LEAST_GROWTH = 64  # slots
@@ -151,7 +149,7 @@ class GrowingStorage(Storage):
         if kept is None:
             layer.keep_all()
             return layer
-        keys, values = gather(selection.keys, selection.values, kept, backend=self._backend)
+        keys, values = selection.gather(None, self._backend)
         if selection.refitted is not None:
             values = selection.refitted
         return GrowingLayer.holding(kept, keys, values, selection.seen)

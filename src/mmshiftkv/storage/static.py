@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from shiftkv_kernels import gather
-
 from ..model.decoder import Decoder
 from .base import Pair, SelectedLayer, Selection, Storage
 from .buffers import Buffers
@@ -205,7 +203,7 @@ class StaticStorage(Storage):
                 part[:, :, :stored] = states
                 part[:, :, stored:] = 0
         else:
-            gather(keys, values, kept, out=out, backend=self._backend)
+            selection.gather(out, self._backend)
         if selection.refitted is not None:
             out[1][:, :, :stored] = selection.refitted
         if index == self._indices[0]:
