@@ -4,12 +4,14 @@ import runpy
 from dataclasses import dataclass
 
 import pytest
+import torch
 from tqdm import tqdm
+from transformers.integrations import sdpa_attention
 
 import models
 import soak
 from soak_cases import CATEGORIES
-from soak_cases.bench import Bench
+from soak_cases.bench import Bench, contiguous_repeat_kv, reads_wrong_masks
 from soak_cases.case import Case, Draws, Outcome
 from soak_cases.record import Record
 from soak_cases.runner import Soak, run_case
@@ -51,6 +53,17 @@ def test_some_cases(category, bench):
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_some_cases_on_a_gpu(category, bench_on_a_gpu):
     run_some(category, 1 if category == "compiled" else 5, bench_on_a_gpu)
+
+
+def test_repeated_kv_heads_are_those_of_transformers_and_stay_them_where_masks_are_read_right():
+    states = torch.randn(2, 1, 5, 8)
+    repeated = contiguous_repeat_kv(states, 4)
+    assert repeated.is_contiguous()
+    assert repeated.equal(sdpa_attention.repeat_kv(states, 4))
+    assert not reads_wrong_masks(torch.device("cpu"))
+    before = sdpa_attention.repeat_kv
+    Bench()
+    assert sdpa_attention.repeat_kv is before
 
 
 @dataclass(frozen=True)
