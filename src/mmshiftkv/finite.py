@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 MESSAGE = (
-    "the prompt has keys or values that are not finite (NaN or inf): tokens whose score they spoil come last, and zeros "
-    "are stored for such numbers; the model may have overflowed in its dtype"
+    "the prompt has keys or values that are not finite (NaN or inf): tokens whose score they spoil come last, and "
+    "zeros are stored for such numbers; the model may have overflowed in its dtype"
 )
 
 

@@ -124,30 +124,17 @@ def test_with_a_sink_outputs_are_as_near_as_the_published_ones_and_with_a_refit_
 
 
 @pytest.mark.parametrize("alike", [False, True])
-@pytest.mark.parametrize(
-    ("mass", "budget"),
-    [
-        pytest.param(
-            mass,
-            budget,
-            marks=pytest.mark.xfail(
-                budget == 4 or (mass, budget) == (0.5, 8),
-                strict=True,
-                reason="a score asks what leaves with one token: where several sinks share the mass, the others make "
-                "up for one of them, and all of them may go",
-            ),
-        )
-        for mass in MASSES
-        for budget in (4, 8, 32)
-    ],
-)
-def test_several_sinks_are_kept_together(mass, budget, alike):
+@pytest.mark.parametrize("mass", MASSES)
+def test_several_sinks_are_kept_together(mass, alike):
     sinks = Sinks(SEVERAL, mass, alike)
-    published, kept, refitted = selections(sinks, budget)
     fresh, keys, values = sinks.queries(128, seed=2), sinks.keys, sinks.values
-    assert are_kept(SEVERAL, kept)
-    before = error(fresh, keys, values, taken(keys, published), taken(values, published))
-    assert error(fresh, keys, values, taken(keys, kept), refitted) < before
+    for budget in BUDGETS:
+        published, kept, _ = selections(sinks, budget)
+        assert are_kept(SEVERAL, kept)
+        before, plain = (
+            error(fresh, keys, values, taken(keys, part), taken(values, part)) for part in (published, kept)
+        )
+        assert plain < 1.2 * before
 
 
 SINK, FEATURE = 3, 63  # the token, and the feature of hidden states that it has to itself
@@ -259,43 +246,26 @@ def test_a_model_keeps_its_sinks(places, mass):
         torch.testing.assert_close(found, torch.full_like(found, mass), atol=0.01, rtol=0)
         lengths = layer.values.norm(dim=-1)
         assert lengths[..., list(places)].max() < 1e-3 * lengths.mean()
-    for budget in BUDGETS if places != SEVERAL else BUDGETS[1:]:
+    for budget in BUDGETS:
         cache, _ = compressed(model, ids, budget, **COUNTED)
         for index in range(3):
             assert are_kept(places, cache.kept_indices(index))
 
 
+@pytest.mark.parametrize("spread", [0.03, 0.06], ids=["as proxies do", "more than proxies do"])
 @pytest.mark.parametrize("mass", MASSES)
 @pytest.mark.parametrize("places", [*PLACES, SEVERAL], ids=str)
-def test_a_refit_brings_a_models_outputs_nearer_where_its_queries_attend_to_sinks_as_proxies_do(places, mass):
+def test_heads_with_sinks_keep_their_values_however_much_a_models_queries_attend_to_them(places, mass, spread):
     ids = prompt_with_sinks(places)
-    model = model_with_sinks(places, mass, ids, spread=0.03)
+    model = model_with_sinks(places, mass, ids, spread)
     full = prefilled(model, ids, DynamicCache(config=model.config))
-    _, fresh = compressed(model, ids, budget=4, seed=1)
     own = next_queries(model, full, models.prompt_ids(1, 8, seed=5).clamp(min=SINK + 1))
-    for index, layer in enumerate(full.layers):
-        assert (mass_on(places, own[index], layer.keys) - mass).abs().max() < 0.06
     for budget in BUDGETS[1:]:
-        settings = ({}, COUNTED, {**COUNTED, "refit_queries": 512})
-        caches = [compressed(model, ids, budget, **each)[0] for each in settings]
-        for queries in (fresh, own):
-            published, plain, refitted = errors(queries, full, caches)
-            assert plain < 1.15 * published
-            assert refitted < 0.8 * min(plain, published)
-
-
-@pytest.mark.xfail(
-    strict=True,
-    reason="a refit gives a sink what is missing in the proxies' outputs; queries that attend to the sink more than "
-    "proxies do, who are more scattered, then get more than was ever missing",
-)
-@pytest.mark.parametrize("mass", MASSES)
-@pytest.mark.parametrize("places", [*PLACES, SEVERAL], ids=str)
-def test_a_refit_does_no_harm_where_a_models_queries_attend_to_sinks_more_than_proxies_do(places, mass):
-    ids = prompt_with_sinks(places)
-    model = model_with_sinks(places, mass, ids, spread=0.06)
-    full = prefilled(model, ids, DynamicCache(config=model.config))
-    own = next_queries(model, full, models.prompt_ids(1, 8, seed=5).clamp(min=SINK + 1))
-    settings = (COUNTED, {**COUNTED, "refit_queries": 512})
-    plain, refitted = errors(own, full, [compressed(model, ids, 8, **each)[0] for each in settings])
-    assert refitted < 1.1 * plain
+        settings = ({}, COUNTED, {**COUNTED, "refit_queries": 512}, {"refit_queries": 512})
+        published, plain, *refitted = (compressed(model, ids, budget, **each)[0] for each in settings)
+        # A refit would give the sinks what is missing, and these queries up to 8 times their output.
+        for same, other in zip(refitted, (plain, published), strict=True):
+            for mine, theirs in zip(same.layers, other.layers, strict=True):
+                assert mine.values.equal(theirs.values)
+        before, after = errors(own, full, (published, plain))
+        assert after < 1.15 * before

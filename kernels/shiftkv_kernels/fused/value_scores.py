@@ -13,12 +13,15 @@ import triton.language as tl
 
 from ..device import gpu_of
 from ..reference.values import LARGEST_MEAN as _LARGEST_MEAN
+from ..reference.values import SINK_MASS as _SINK_MASS
+from ..reference.values import SINK_SCORE as _SINK_SCORE
 from .finite import finite, load_finite, load_rows
 from .log_sums import LEAST_COLUMNS, Problem, last_weights, launch_options, log_sums, problem_of
 from .products import tile_products
 from .tiles import Tiles, choose_value_tiles, split
 
 LARGEST_MEAN = tl.constexpr(_LARGEST_MEAN)
+SINK_MASS, SINK_SCORE = tl.constexpr(_SINK_MASS), tl.constexpr(_SINK_SCORE)
 _TOKENS_AT_ONCE = 64
 _MOST_PARTS = 128
 _TILES_PER_PROGRAM = 4  # of the scores, at most: each program needs the whole mean output
@@ -218,7 +221,8 @@ def _scores_kernel(
         last_square = tl.load(p_last_moments + pairs * T + row, mask=m_t, other=0.0)
         scores = (_per_remaining(mean, square) + last_weight * _per_remaining(last_mean, last_square)) * distance
         # A key or value that is not finite leaves no finite score.
-        scores = tl.where(scores < float("inf"), scores, float("nan"))
+        sinks = tl.where(mean > SINK_MASS, SINK_SCORE * (1.0 + mean), scores)
+        scores = tl.where(scores < float("inf"), sinks, float("nan"))
         if p_valid is not None:
             is_valid = tl.load(p_valid + batch * stride_mb + t, mask=m_t, other=0) != 0
             scores = tl.where(is_valid, scores, 0.0)

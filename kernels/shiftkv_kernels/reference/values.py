@@ -12,6 +12,9 @@ LARGEST_MEAN = 1 - 1e-3
 # Attention to a kept token is at least this, so that its square is not taken for that of padding, whatever a device
 # makes of numbers too small for float32.
 LEAST_ATTENTION = 1e-18
+# More of the mean mass of the proxies than this makes a token an attention sink; at most six tokens can have it.
+SINK_MASS = 0.15
+SINK_SCORE = 1e30
 # Of the mean squared attention: tokens with less do not lower the penalty of a refit further.
 LEAST_SHARE = 1e-6
 
@@ -37,15 +40,17 @@ def value_scores(
         valid: (B, T) bool, False for padding; None when there is none.
 
     Returns:
-        (B, H_kv, T) float32, 0 for padding, NaN for tokens whose key or value is not finite.
+        (B, H_kv, T) float32, 0 for padding, NaN for tokens whose key or value is not finite.  Attention sinks, tokens
+        with a mean mass of the proxies above `SINK_MASS`, have the highest scores, from `SINK_SCORE` on.
     """
     columns = columns_of(keys, scaling, valid)
     mean, square = _moments(proxy_queries, columns)
     output = mean.unsqueeze(2) @ finite(values.float())
     distance = torch.linalg.vector_norm(values.float() - output, dim=-1)
     shares = _per_remaining(mean, square) + last_weight * _per_remaining(*_moments(last_query, columns))
+    scores = torch.where(mean > SINK_MASS, SINK_SCORE * (1 + mean), shares * distance)
     usable = keys.isfinite().all(dim=-1) & values.isfinite().all(dim=-1)
-    scores = (shares * distance).masked_fill(~usable, torch.nan)
+    scores = scores.masked_fill(~usable, torch.nan)
     return scores if valid is None else scores.masked_fill(~valid[:, None], 0)
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from shiftkv_kernels import attend, draw_samples, group_mass, refit_values, token_statistics, value_scores, vote
+from shiftkv_kernels import attend, draw_samples, gather, group_mass, refit_values, token_statistics, value_scores, vote
+from shiftkv_kernels.reference.values import SINK_MASS, SINK_SCORE
 
 from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
@@ -26,19 +27,21 @@ class PromptSummary:
     last: LayerInput
 
 
-@dataclass(frozen=True)
+@dataclass
 class Proxies:
-    """The queries that score a prompt (method, steps 1 to 3).
+    """The queries that score the prompt of one layer (method, steps 1 to 3).
 
     Attributes:
         queries: (B, H, N, D), rotated; those of one group are neighbours.
         last_query: (B, H, 1, D), the rotated query of the last prompt token.
         groups: how many groups there are.
+        has_sink: (B, H_kv) bool, which KV heads have an attention sink; known once the prompt has been scored.
     """
 
     queries: torch.Tensor
     last_query: torch.Tensor
     groups: int
+    has_sink: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,10 @@ class ShiftKV(Method):
         """Votes plus the last query's mass (method, steps 4 to 6), or what tokens give (steps 7 and 8)."""
         if self.config.score == "votes":
             mass, last_mass = self.attention_mass(layer, summary, keys, valid)
+            if self.config.refit_queries:
+                summary.has_sink = (mass.mean(dim=2) > SINK_MASS).any(dim=-1)
             return vote(mass, self.config.mass, backend=self.config.backend) + last_mass
-        return value_scores(
+        scores = value_scores(
             summary.queries.to(keys.dtype),
             summary.last_query.to(keys.dtype),
             keys,
@@ -110,6 +115,9 @@ class ShiftKV(Method):
             valid=valid,
             backend=self.config.backend,
         )
+        if self.config.refit_queries:
+            summary.has_sink = (scores >= SINK_SCORE).any(dim=-1)
+        return scores
 
     def attention_mass(
         self, layer: AttentionLayer, summary: Proxies, keys: torch.Tensor, valid: torch.Tensor | None
@@ -135,7 +143,11 @@ class ShiftKV(Method):
         kept: torch.Tensor,
         valid: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """Values with which the kept tokens give proxies what the prompt gave them (method, step 9)."""
+        """Values with which the kept tokens give proxies what the prompt gave them (method, step 9).
+
+        KV heads with an attention sink keep the values as they are: the sink's would take on what is missing, and
+        queries that attend to it more than the proxies do would get more than was ever missing.
+        """
         config = self.config
         if not config.refit_queries:
             return None
@@ -157,7 +169,9 @@ class ShiftKV(Method):
             valid=valid,
             backend=config.backend,
         )
-        return refitted.to(values.dtype)
+        assert summary.has_sink is not None
+        plain = gather(keys, values, kept, backend=config.backend)[1]
+        return torch.where(summary.has_sink[..., None, None], plain, refitted.to(values.dtype))
 
     def _samples(self, index: int, summary: PromptSummary, valid: torch.Tensor | None) -> torch.Tensor:
         """(B, N + 1, d): the samples, and behind them the last token's state."""
