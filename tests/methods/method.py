@@ -1,6 +1,7 @@
 """method.md stated once more in float64 NumPy, with loops where the library has tensor operations."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +55,9 @@ def scores(
     return votes + last
 
 
+SINK = 1e30  # above all other scores
+
+
 def given_shares(mass: Array) -> Array:
     """Mass (rows, T) of queries: its root mean square, over the mean mass that would take its place -> (T,)."""
     return np.sqrt((mass**2).mean(axis=0)) / (1 - np.minimum(mass.mean(axis=0), 0.999))
@@ -68,7 +72,21 @@ def value_scores(
     by_last = np.stack([softmax(np.where(valid, keys @ head[0] * scaling, -np.inf)) for head in last_query])
     output = by_proxy.mean(axis=0) @ values
     distance = np.array([np.linalg.norm(value - output) for value in values])
-    return np.where(valid, (given_shares(by_proxy) + last_weight * given_shares(by_last)) * distance, 0)
+    scores = (given_shares(by_proxy) + last_weight * given_shares(by_last)) * distance
+    mean = by_proxy.mean(axis=0)
+    return np.where(valid, np.where(mean > 0.15, SINK * (1 + mean), scores), 0)
+
+
+def has_sink(proxies: Array, last_query: Array, keys: Array, valid: Array, scaling: float, config: Any) -> bool:
+    """Whether a KV head has an attention sink: proxies (r, N, D), last_query (r, 1, D), keys (T, D)."""
+    mass = attention_mass(proxies, keys, valid, scaling).mean(axis=0)
+    if config.score == "votes":
+        # The groups' mass has the last query in it; that of the last token is not counted.
+        size = proxies.shape[1] // config.num_groups
+        mass = (size * mass + attention_mass(last_query, keys, valid, scaling)[0]) / (1 + size)
+    else:
+        mass[-1] = 1 - mass.sum()
+    return bool((mass > 0.15).any())
 
 
 @dataclass

@@ -130,7 +130,7 @@ def test_a_refit_changes_the_values_of_the_kept_tokens_and_nothing_else(name, sc
     plain = prefilled(model, values_cache(model, score=score, refit_queries=0), inputs)
     refitted = prefilled(model, values_cache(model, score=score), inputs)
     full = full_cache(model, inputs)
-    valid = inputs["attention_mask"].bool()
+    valid, changes = inputs["attention_mask"].bool(), 0
     for layer, held in enumerate(full.layers):
         kept = plain.kept_indices(layer)
         assert refitted.kept_indices(layer).equal(kept)
@@ -143,8 +143,11 @@ def test_a_refit_changes_the_values_of_the_kept_tokens_and_nothing_else(name, sc
         changed = (values - taken(held.values, kept)).abs().amax(dim=-1)
         assert not changed[~is_token].any()
         assert changed.isfinite().all()
-        # A token that gets next to nothing of the proxies' attention stays as it is.
-        assert (changed[is_token] > 0).float().mean() > 0.5
+        # A head with an attention sink keeps its values, and a token that gets next to none of the attention its own.
+        has_sink = (changed == 0).all(dim=-1, keepdim=True).expand_as(changed)
+        assert (changed[is_token & ~has_sink] > 0).float().mean() > 0.8
+        changes += int((~has_sink).sum())
+    assert changes
 
 
 @pytest.mark.parametrize("budget", [1, 6, 13, 25])
