@@ -20,30 +20,34 @@ CACHES = {
     "full": "full",
     "ShiftKV, value-aware": "value-aware",
     "ShiftKV": "shiftkv",
-    "ShiftKV, mass 0.5": "half-mass",
     "ExpectedAttention": "expected_attention",
     "SnapKV": "snapkv",
     "KeyDiff": "keydiff",
     "StreamingLLM": "streaming_llm",
     "Random": "random",
     "SnapKV, values": "snapkv_values",
-    "last query, values": "last_query_values",
     "CriticalKV": "criticalkv",
     "DropKV": "dropkv",
-    "KVzip": "kvzip",
-    "full attention": "full_attention",
 }
+QUALITY = ("compare.json", "compare_values.json")
 # What the README's table shows, at these budgets.
 SHOWN = ("ShiftKV, value-aware", "ShiftKV", "ExpectedAttention", "SnapKV")
-SHOWN_BUDGETS = ("128", "64", "32", "16")
+SHOWN_BUDGETS = ("128", "64", "32")
 
 
 def quality():
     """The tasks of each recorded (name, budget), as tables write them."""
+    found = {}
+    for name in QUALITY:
+        found = {**recorded_tasks(name), **found}
+    return found
+
+
+def recorded_tasks(file):
     names = {method: name for name, method in CACHES.items()}
     return {
         (names[result["method"]], str(result["budget"] or "-")): list(result["tasks"].values())
-        for result in record("compare.json")["results"]
+        for result in record(file)["results"]
     }
 
 
@@ -65,6 +69,15 @@ def test_the_quality_figures_are_those_on_record():
         assert cells == [percent(task, "exact_match", "anls") for task in recorded[name, budget]]
     for name, budget, *cells in recalls:
         assert cells == [percent(task, "decode_attention_recall") for task in recorded[name, budget]]
+
+
+def test_the_figures_of_peers_are_those_on_record():
+    recorded = recorded_tasks("compare_peers.json")
+    assert {task["count"] for tasks in recorded.values() for task in tasks} == {140}
+    rows = table("docs/results.md", "| peer | budget |")
+    assert {tuple(row[:2]) for row in rows} == set(recorded)
+    for name, budget, *cells in rows:
+        assert cells == [percent(task, "exact_match") for task in recorded[name, budget]]
 
 
 def results_tables():

@@ -1,7 +1,6 @@
 """method.md stated once more in float64 NumPy, with loops where the library has tensor operations."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -77,12 +76,12 @@ def value_scores(
     return np.where(valid, np.where(mean > 0.15, SINK * (1 + mean), scores), 0)
 
 
-def has_sink(proxies: Array, last_query: Array, keys: Array, valid: Array, scaling: float, config: Any) -> bool:
-    """Whether a KV head has an attention sink: proxies (r, N, D), last_query (r, 1, D), keys (T, D)."""
+def has_sink(proxies: Array, last_query: Array, keys: Array, valid: Array, scaling: float, groups: int | None) -> bool:
+    """Whether a KV head has an attention sink: proxies (r, N, D), last_query (r, 1, D), keys (T, D); voting groups."""
     mass = attention_mass(proxies, keys, valid, scaling).mean(axis=0)
-    if config.score == "votes":
-        # The groups' mass has the last query in it; that of the last token is not counted.
-        size = proxies.shape[1] // config.num_groups
+    if groups is not None:
+        # Their mass has the last query in it; that of the last token is not counted.
+        size = proxies.shape[1] // groups
         mass = (size * mass + attention_mass(last_query, keys, valid, scaling)[0]) / (1 + size)
     else:
         mass[-1] = 1 - mass.sum()

@@ -105,7 +105,7 @@ def assert_selects(kept, module, config, proxies, last_query, groups, keys, valu
     )
 
 
-def assert_stores(stored, kept, module, config, proxies, last_query, keys, values, valid):
+def assert_stores(stored, kept, module, config, proxies, last_query, groups, keys, values, valid):
     """Step 9 for one row of one layer: the stored values (H_kv, C, D) are those of the tokens `kept`, refitted."""
     shared = len(proxies) // len(keys)
     count = 2 ** math.ceil(math.log2(max(config.refit_queries / shared, 1)))
@@ -114,7 +114,8 @@ def assert_stores(stored, kept, module, config, proxies, last_query, keys, value
             assert (stored[head] == values[head][chosen]).all()
             continue
         heads = slice(head * shared, (head + 1) * shared)
-        if method.has_sink(proxies[heads], last_query[heads], keys[head], valid, module.scaling, config):
+        voting = groups if config.score == "votes" else None
+        if method.has_sink(proxies[heads], last_query[heads], keys[head], valid, module.scaling, voting):
             assert (stored[head] == values[head][chosen]).all()
             continue
         queries = proxies[heads, :count]
@@ -147,7 +148,7 @@ def assert_agrees(model, rotary, inputs, config, axis_of):
             made = proxies_of(module, config, seen, place, valid[row], inverse_frequencies, axis_of)
             given = [part[row].numpy() for part in states[index]]
             assert_selects(kept[row], module, config, *made, *given, valid[row])
-            assert_stores(stored[row], kept[row], module, config, *made[:2], *given, valid[row])
+            assert_stores(stored[row], kept[row], module, config, *made, *given, valid[row])
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -30,6 +30,7 @@ from shiftkv_kernels import (
     value_scores,
     vote,
 )
+from shiftkv_kernels.reference.values import SINK_SCORE
 
 MASS = 0.95
 GAMMA = 10.0
@@ -158,7 +159,7 @@ class Layer:
         """Values refitted to the kept tokens."""
         queries, scaling = self.proxies[:, :, : self.shapes.refitted_to], self.shapes.head_dim**-0.5
         outputs = attend(queries, self.keys, self.values, scaling=scaling, backend=self.backend)
-        self.refitted = refit_values(
+        refitted = refit_values(
             queries,
             outputs,
             self.keys,
@@ -169,6 +170,9 @@ class Layer:
             steps=REFIT_STEPS,
             backend=self.backend,
         )
+        has_sink = (self.scores >= SINK_SCORE).any(dim=-1)
+        plain = gather(self.keys, self.values, self.indices, backend=self.backend)[1]
+        self.refitted = torch.where(has_sink[..., None, None], plain, refitted)
 
     def select(self, method: str) -> None:
         """All steps of a method."""
