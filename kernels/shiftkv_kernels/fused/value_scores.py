@@ -220,9 +220,9 @@ def _scores_kernel(
         last_mean = tl.load(p_last_moments + row, mask=m_t, other=0.0)
         last_square = tl.load(p_last_moments + pairs * T + row, mask=m_t, other=0.0)
         scores = (_per_remaining(mean, square) + last_weight * _per_remaining(last_mean, last_square)) * distance
+        with_sinks = tl.where(mean > SINK_MASS, SINK_SCORE * (1.0 + mean), scores)
         # A key or value that is not finite leaves no finite score.
-        sinks = tl.where(mean > SINK_MASS, SINK_SCORE * (1.0 + mean), scores)
-        scores = tl.where(scores < float("inf"), sinks, float("nan"))
+        scores = tl.where(scores < float("inf"), with_sinks, float("nan"))
         if p_valid is not None:
             is_valid = tl.load(p_valid + batch * stride_mb + t, mask=m_t, other=0) != 0
             scores = tl.where(is_valid, scores, 0.0)
