@@ -196,11 +196,13 @@ def test_one_numbering_of_the_steps():
         for name, heading in ((README, "## What it does"), ("docs/method.md", "## The six steps"))
     ]
     assert len(names[0]) == len(names[1]) == 6
+    counting = TEXTS["docs/method.md"].partition("## Counting values")[2].partition("\n## ")[0]
+    assert re.findall(r"^(\d)\. \*\*", counting, re.M) == ["7", "8", "9"]
     assert all(short.split()[-1].lower() in long.lower() for short, long in zip(*names, strict=True))
     for root in ("src", "kernels"):
         for path in (ROOT / root).rglob("*.py"):
             cited = re.findall(r"method, steps? (\d+)(?: (?:to|and) (\d+))?", path.read_text(encoding="utf-8"))
-            assert all(1 <= int(step) <= 6 for steps in cited for step in steps if step), path
+            assert all(1 <= int(step) <= 9 for steps in cited for step in steps if step), path
 
 
 def tree():
@@ -233,9 +235,9 @@ def test_functions_are_as_short_as_they_are_said_to_be():
         assert text.count("\n") <= 400, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
-                long.setdefault(path.name, []).append(node.end_lineno - node.lineno + 1)
-    assert long == {"group_mass.py": [80, 92]}
-    assert "are longer (80 and 92 lines)" in " ".join(TEXTS[CONTRIBUTING].split())
+                assert any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list), node.name
+                long[node.name] = node.end_lineno - node.lineno + 1
+    assert f"Triton kernels are longer, up to {max(long.values())} lines" in " ".join(TEXTS[CONTRIBUTING].split())
 
 
 def with_additions(source, diff):

@@ -11,7 +11,17 @@ from PIL import Image
 from transformers import DynamicCache
 
 from benchmarks.quality import compare
-from benchmarks.quality.comparison import COMPARED, USUAL, Result, Setup, read, recall_table, result_record, table
+from benchmarks.quality.comparison import (
+    COMPARED,
+    USUAL,
+    Result,
+    Setup,
+    joined,
+    read,
+    recall_table,
+    result_record,
+    table,
+)
 from benchmarks.quality.comparison_picture import STYLES, draw_plot
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.scoring import summarize
@@ -263,6 +273,17 @@ def test_what_is_read_is_what_was_written(written):
             # Sums of floats are rounded in another way since Python 3.12.
             assert found["mean"] == pytest.approx(expected["mean"], rel=1e-15)
             assert {**found, "mean": None} == {**expected, "mean": None}
+
+
+def test_records_about_the_same_questions_are_joined(tmp_path, capsys):
+    files = [str(RESULTS / name) for name in ("compare.json", "compare_values.json")]
+    compare.main(["--read", *files])
+    rows = [line.split() for line in capsys.readouterr().out.split("decode attention recall")[0].splitlines()]
+    assert [row[0] for row in rows if row[1:2] == ["64"]] == list(USUAL)
+    assert sum(row[:1] == ["full"] for row in rows) == 1
+    assert joined([COMMITTED, COMMITTED]) == joined([COMMITTED])
+    with pytest.raises(SystemExit, match="--read: the files are not about the same questions: tasks is"):
+        compare.main(["--read", files[0], str(RESULTS / "compare_peers.json")])
 
 
 def test_a_record_is_shown_without_measuring(tmp_path, capsys, monkeypatch):

@@ -10,7 +10,7 @@ from mmshiftkv.methods.columns import first_tokens
 from mmshiftkv.methods.shiftkv import Proxies, ShiftKV
 from shiftkv_kernels import vote
 from shiftkv_kernels.reference.attention import attention_of, columns_of
-from shiftkv_kernels.reference.values import LARGEST_MEAN
+from shiftkv_kernels.reference.values import LARGEST_MEAN, SINK_MASS
 
 VOTES_OF_VALUES = 0.7  # share of what a group is given that its votes hold
 
@@ -77,7 +77,9 @@ class VariedValues(ShiftKV):
         """Scores (B, H_kv, T) float32, as `Method.score` says."""
         columns, proxies = columns_of(keys, layer.scaling, valid), summary.proxies
         mass, last_mass = (attention_of(part, columns) for part in (proxies.queries, proxies.last_query))
-        output = mass.mean(dim=(2, 3)).unsqueeze(2) @ values.float()
+        mean = mass.mean(dim=(2, 3))
+        proxies.has_sink = (mean > SINK_MASS).any(dim=-1)
+        output = mean.unsqueeze(2) @ values.float()
         if self.in_groups:
             last_mass = last_mass.mean(dim=2, keepdim=True)
             groups = mass.mean(dim=2, keepdim=True).unflatten(3, (proxies.groups, -1))

@@ -223,10 +223,21 @@ def attend(
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
-        if parts == 1:
-            return by_part[0]
-        outputs = keys.new_empty(by_part.shape[1:], dtype=torch.float32)
-        _combine_kernel[(triton.cdiv(rows, _COMBINED_ROWS),)](
-            by_part, sums, outputs, rows, D_V=value_dim, BLOCK_D_V=blocks_d[1], PARTS=parts, BLOCK=_COMBINED_ROWS
-        )
+        return by_part[0] if parts == 1 else _combined(by_part, sums, blocks_d[1])
+
+
+def _combined(by_part: torch.Tensor, sums: torch.Tensor, block_d: int) -> torch.Tensor:
+    """Outputs (B, H, n, D_v) of those of each part, (parts, B, H, n, D_v), and their sums, (parts, B * H * n)."""
+    parts, rows = sums.shape
+    outputs = by_part.new_empty(by_part.shape[1:])
+    _combine_kernel[(triton.cdiv(rows, _COMBINED_ROWS),)](
+        by_part,
+        sums,
+        outputs,
+        rows,
+        D_V=by_part.shape[-1],
+        BLOCK_D_V=block_d,
+        PARTS=parts,
+        BLOCK=_COMBINED_ROWS,
+    )
     return outputs
