@@ -14,7 +14,7 @@ from .base import Method
 from .config import ShiftKVConfig
 
 LAST_TOKEN_PROXIES = 16
-# Of the conjugate gradients; on the embedded model as good as the solution.
+# Of the conjugate gradients; on the embedded model two steps, not even scaled, read as much as the solution.
 REFIT_STEPS = 2
 
 
