@@ -1,7 +1,7 @@
 """What each family is checked for."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from .inputs import left_padded, prompt
 
 BUDGET = 12
 PASSED = "passed"
+CHECKS = ("covering_budget", "small_budget", "left_padding", "fixed_storage")
 
 
 class Checks:
@@ -23,15 +24,19 @@ class Checks:
     Args:
         model: the model.
         inputs: a prompt of one row.
+        second: another one, of another length, for a batch of two; None: text.
     """
 
-    def __init__(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, inputs: dict[str, Any], second: dict[str, Any] | None = None
+    ) -> None:
         self._model = model
         self._inputs = inputs
+        self._second = prompt(tokens=27, seed=1) if second is None else second
         self._columns = inputs["input_ids"].shape[1]
         self._expected = answer(model, inputs, DynamicCache(config=model.config))
 
-    def run(self, names: list[str]) -> dict[str, str]:
+    def run(self, names: Sequence[str]) -> dict[str, str]:
         """Runs these checks, by the names of their methods."""
         return {name: _guarded(getattr(self, name)) for name in names}
 
@@ -57,7 +62,7 @@ class Checks:
 
     def left_padding(self) -> str:
         """In a left-padded batch each row is as alone."""
-        rows = [prompt(tokens=tokens, seed=tokens) for tokens in (40, 27)]
+        rows = [self._inputs, self._second]
         batch = left_padded(rows)
 
         def differs(make: Callable[[], Any]) -> str | None:
@@ -93,4 +98,4 @@ def _guarded(check: Callable[[], str]) -> str:
     try:
         return check()
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
