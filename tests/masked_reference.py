@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-_CACHE_ARGUMENTS = {"cache", "past_key_values"}
+_CACHE_ARGUMENTS = {"cache", "past_key_values", "layer_past"}
 
 
 @contextlib.contextmanager
@@ -35,8 +35,7 @@ def dropped_entries_masked(
         chosen = kept[source]
         assert chosen is not None
         seen = chosen.new_zeros(*chosen.shape[:2], valid.shape[1], dtype=torch.bool).scatter_(-1, chosen, True)
-        seen = (seen & valid[:, None]).repeat_interleave(_queries_per_key(module, chosen), dim=1)
-        mask = _Mask(seen, source, later)
+        mask = _Mask(_by_query_head(module, seen & valid[:, None]), source, later)
         handles.append(module.register_forward_pre_hook(mask, with_kwargs=True))
     try:
         yield
@@ -97,9 +96,12 @@ def _source_of_keys(module: Any, kept: Mapping[int, torch.Tensor | None]) -> int
     return source if kept.get(source) is not None else None
 
 
-def _queries_per_key(module: Any, chosen: torch.Tensor) -> int:
+def _by_query_head(module: Any, seen: torch.Tensor) -> torch.Tensor:
+    """(B, H_kv, T) as the query heads have it, (B, H, T)."""
+    if hasattr(module, "kv_proj") and hasattr(module, "top_k"):
+        return seen.repeat(1, module.top_k, 1)  # JetMoE: each of its experts has a head for every KV head
     groups = getattr(module, "num_key_value_groups", None)
-    return module.config.num_attention_heads // chosen.shape[1] if groups is None else groups
+    return seen.repeat_interleave(groups or module.config.num_attention_heads // seen.shape[1], dim=1)
 
 
 def _shown(seen: torch.Tensor, before: int, queries: int, later: torch.Tensor | None) -> torch.Tensor:

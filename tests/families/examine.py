@@ -3,12 +3,13 @@
 import dataclasses
 from typing import Any
 
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedModel
 
 from mmshiftkv import ShiftKVCache
 
 from .checks import BUDGET, CHECKS, PASSED, Checks, told
 from .configs import Family, tiny_config, tiny_model
+from .exceptions import NOT_COUNTED
 from .generating import answer
 from .images import NoImages, image_prompts
 from .inputs import text_prompts
@@ -19,6 +20,7 @@ _FINE = (PASSED, "compiled", "grows: ", "not checked: ")
 _ATTENTIONS = ("sdpa", "eager")
 # Smaller than a prompt, and than what is decoded behind it.
 _SMALL_WINDOW = 16
+_WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
 
 Record = dict[str, Any]
 
@@ -38,8 +40,7 @@ def examine(family: Family) -> Record:
     """
     record: Record = {"class": family.class_name}
     try:
-        config = tiny_config(family.name)
-        _check_is_decoder(family, config)
+        _check_is_counted(family)
         model, record["attention"] = _build(family)
     except NotCounted as reason:
         return {**record, "outcome": "not counted", "reason": str(reason)}
@@ -76,11 +77,14 @@ def _with_images(family: Family, model: PreTrainedModel) -> Record:
     return {"made by": made_by, **Checks(model, prompts).run(CHECKS)}
 
 
-def _check_is_decoder(family: Family, config: PretrainedConfig) -> None:
-    if getattr(config, "is_encoder_decoder", False):
+def _check_is_counted(family: Family) -> None:
+    config_class = CONFIG_MAPPING[family.name]
+    if family.name in NOT_COUNTED:
+        raise NotCounted(NOT_COUNTED[family.name])
+    if getattr(config_class, "is_encoder_decoder", False) or getattr(config_class(), "is_encoder_decoder", False):
         raise NotCounted("an encoder-decoder")
-    names = {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
-    if {"is_decoder", "add_cross_attention"} <= names and not config.is_decoder and family.name != "evolla":
+    names = {field.name for field in dataclasses.fields(config_class)}
+    if {"is_decoder", "add_cross_attention"} <= names and family.name != "evolla":
         raise NotCounted("an encoder, which decodes as a part of an encoder-decoder only")
 
 
@@ -96,8 +100,8 @@ def _build(family: Family, **changes: Any) -> tuple[PreTrainedModel, str]:
 
 def _layers_of_plain_cache(model: PreTrainedModel) -> dict[str, int]:
     """How many layers of which kind a DynamicCache has for the model, once it has generated with one."""
-    cache = DynamicCache(config=model.config)
     try:
+        cache = DynamicCache(config=model.config)
         found = answer(model, text_prompts().first, cache)
     except Exception as error:
         raise NotCounted(f"it does not generate with DynamicCache ({told(error)})") from error
@@ -115,7 +119,7 @@ def _with_small_window(family: Family, record: Record) -> Record:
         return {}
     config = tiny_config(family.name)
     text = config.get_text_config(decoder=True)
-    name = next((each for each in ("sliding_window", "sliding_window_size") if getattr(text, each, None)), None)
+    name = next((each for each in _WINDOWS if getattr(text, each, None)), None)
     if name is None:
         return {"window": {"all": "not checked: the setting of its window is not known"}}
     changes: Record = {name: _SMALL_WINDOW}
@@ -133,4 +137,3 @@ def _outcome(record: Record) -> Record:
             if name != "made by" and not result.startswith(_FINE):
                 return {"outcome": "faulty", "reason": f"{kind}, {name.replace('_', ' ')}: {result}"}
     return {"outcome": "works"}
-

@@ -49,6 +49,22 @@ _MINICPM: Settings = {
 # Sizes of images that are cut into two or four parts.
 PINPOINTS = [[56, 112], [112, 56], [112, 112]]
 
+# Families of which no tiny decoder is tried, and why.
+NOT_COUNTED = {
+    "blip": "generates from an image alone",
+    "blip-2": "generates from images only, through the text model that it wraps",
+    "diffusion_gemma": "fills blocks of text by diffusion",
+    "fast_vlm": "its image tower is one of timm's, which the tests do not have",
+    "gemma3n": "its image tower is one of timm's, which the tests do not have; `gemma3n_text` is tried",
+    "gemma4_assistant": "drafts for another model, whose cache it reads",
+    "gemma4_unified_assistant": "drafts for another model, whose cache it reads",
+    "instructblip": "generates from images only, through the text model that it wraps",
+    "instructblipvideo": "generates from videos only, through the text model that it wraps",
+    "perception_lm": "its image tower is one of timm's, which the tests do not have",
+    "pi0": "makes actions of a robot, not text",
+    "trocr": "the decoder of an encoder-decoder",
+}
+
 EXCEPTIONS: dict[str, Settings] = {
     "apertus1p5": {
         "text_config": {"vocab_size": 512},
@@ -85,7 +101,10 @@ EXCEPTIONS: dict[str, Settings] = {
     "gemma3n_text": {**_SHARED, "activation_sparsity_pattern": None},
     "gemma4": {"text_config": {**_SHARED, "global_head_dim": 32}, "vision_config": _GEMMA4_VISION},
     "gemma4_text": {**_SHARED, "global_head_dim": 32},
-    "gemma4_unified": {"text_config": {**_SHARED, "global_head_dim": 32}, "vision_config": {"mm_embed_dim": 64, "output_proj_dims": 64}},
+    "gemma4_unified": {
+        "text_config": {**_SHARED, "global_head_dim": 32},
+        "vision_config": {"mm_embed_dim": 64, "output_proj_dims": 64},
+    },
     "gemma4_unified_text": {**_SHARED, "global_head_dim": 32},
     "glm46v": {"text_config": _axes(2, 3, 3)},
     "glm4v": {"text_config": _axes(2, 3, 3)},
@@ -93,8 +112,15 @@ EXCEPTIONS: dict[str, Settings] = {
     "glm_ocr": {"text_config": _axes(2, 3, 3)},
     "glmga": {"text_config": _axes(2, 3, 3)},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1]},
+    "granite4_vision": {
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [[-1, 0]],
+        "spatial_target_layers": [1],
+        "vision_config": {"hidden_size": 128},
+    },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    # Each stack of layers runs several times, with a cache layer for each time.
+    "hrm_text": {"num_hidden_layers": 1, "num_layers_per_stack": None},
     "hunyuan_vl": {"text_config": _axes(2, 2, 2, 2)},
     "hy_v4_vl": {"text_config": _axes(2, 1, 1)},
     "inkling_mm_model": {"vision_config": {"num_hidden_layers": 4}},

@@ -13,7 +13,8 @@ class Recipe:
     Attributes:
         processor, image_processor: names of classes of transformers.
         text: what stands for an image in a prompt.
-        tokens: the texts of special tokens, and the names that the config has for their ids ("part.name" in a part); None: any free id.
+        tokens: the texts of special tokens, and the names that the config has for their ids ("part.name" in a part);
+            None: any free id.
         names: the names by which the processor asks the tokenizer for special tokens, and their texts.
         sizes: settings of the image processor.
         settings: settings of the processor.

@@ -64,7 +64,10 @@ _SIZES = (
         "vocab_size decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size encoder_hash_byte_group_vocab",
     ),
     ((64, 64), "out_hidden_size text_hidden_size adapter_out_dim output_dim output_proj_dims projector_output_dim"),
-    ((32, 32), "projection_dim projector_hidden_size downsample_hidden_size adapter_input_size adapter_in_dim projection_hidden_size"),
+    (
+        (32, 32),
+        "projection_dim projector_hidden_size downsample_hidden_size adapter_input_size adapter_in_dim projection_hidden_size",
+    ),
     ((512, 512), "max_source_positions n_positions n_ctx context_length"),
 )
 SIZES = {name: sizes for sizes, names in _SIZES for name in names.split()}
