@@ -15,7 +15,7 @@ from .methods.base import Method, check_method
 from .model.decoder import Decoder, text_decoder
 from .model.generation import GenerateCall, generate_call, is_compiling_prefill
 from .model.hooks import PrefillHooks
-from .model.queries import without_autocast
+from .model.precision import without_autocast
 from .prefill import Prefill, PromptSettings
 from .report import CacheReport, report_of
 from .storage.base import Pair, Storage

@@ -224,11 +224,15 @@ class Prefill:
             valid = None if valid is None else valid[:, :tokens]
             attention = self._decoder.attention[index]
             summary = self._method.prepare(attention, self._summaries[index], valid)
-            scores = checked_scores(self._method, self._method.score(attention, summary, keys, values, valid), keys)
+            attended = attention.attended(keys, values)
+            scores = checked_scores(self._method, self._method.score(attention, summary, *attended, valid), attended[0])
+            # Heads that share what is stored share its tokens.
+            scores = scores.unflatten(1, (keys.shape[1], -1)).mean(dim=2)
             not_finite = self.finite.flag(keys.device)
             kept = keep_best(scores, count, valid, not_finite=not_finite, backend=self._settings.backend)
-            refitted = self._method.refit(attention, summary, keys, values, kept, valid)
-            refitted = checked_values(self._method, refitted, values, kept)
+            if not attention.stores_latents:
+                refitted = self._method.refit(attention, summary, keys, values, kept, valid)
+                refitted = checked_values(self._method, refitted, values, kept)
         self._summaries.pop(index, None)
         self._ended += 1
         return self._storage.store(index, layer, Selection(kept, keys, values, refitted, valid, not_finite))

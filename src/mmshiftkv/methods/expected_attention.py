@@ -7,6 +7,7 @@ import torch
 
 from ..checks import check_integer, check_real
 from ..model.hooks import LayerInput
+from ..model.positions import Positions, map_factors
 from ..model.queries import AttentionLayer
 from .base import Method
 from .columns import first_tokens
@@ -23,15 +24,14 @@ class QueryStatistics:
         count: (B, 1, 1, 1) float32, tokens that the statistics are of: those behind the sinks.
         mean: (B, H, 1, D) float32.
         scatter: (B, H, D, D) float32, summed outer products of the deviations from the mean.
-        cos, sin: (B or 1, 1, rotary dim), of the last token.
+        last: position of the last token.
     """
 
     seen: torch.Tensor
     count: torch.Tensor
     mean: torch.Tensor
     scatter: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
+    last: Positions
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ExpectedAttention(Method):
         return summary
 
     def _added(self, layer: AttentionLayer, inputs: LayerInput, earlier: QueryStatistics | None) -> QueryStatistics:
-        queries = layer.project_queries(inputs.hidden_states).float()
+        queries = layer.unrotated(inputs.hidden_states, inputs.positions).float()
         valid = inputs.valid
         if valid is None:
             valid = torch.ones(queries.shape[0], queries.shape[2], dtype=torch.bool, device=queries.device)
@@ -97,7 +97,7 @@ class ExpectedAttention(Method):
             scatter = earlier.scatter + scatter + step.transpose(-1, -2) @ step * (earlier.count * share)
             mean, count = earlier.mean + step * share, total
         seen = before + valid.sum(dim=1, keepdim=True)
-        return QueryStatistics(seen, count, mean, scatter, inputs.cos[:, -1:].clone(), inputs.sin[:, -1:].clone())
+        return QueryStatistics(seen, count, mean, scatter, inputs.positions.tokens(-1).copied())
 
     def score(
         self,
@@ -123,13 +123,15 @@ class ExpectedAttention(Method):
         self, layer: AttentionLayer, summary: QueryStatistics, keys: torch.Tensor, ignored: torch.Tensor
     ) -> torch.Tensor:
         """Logarithm of the expected attention, (B, H_kv, T), one query head of each KV head at a time."""
-        later = layer.advance(summary.cos.float(), summary.sin.float(), count=self.future_positions, stride=1)
-        mean_cos, mean_sin = (part.mean(dim=1, keepdim=True) for part in later)
+        last = summary.last.with_factors(map_factors(_wide, summary.last.factors))
+        later = layer.rotary.ahead(last, count=self.future_positions, stride=1).factors
+        # A rotation is linear in its factors, so theirs is the mean rotation.
+        mean_factors = map_factors(lambda factor: factor.mean(dim=1, keepdim=True), later)
 
-        # A rotation is linear in cos and sin, so theirs is the mean rotation.
         def rotated(states: torch.Tensor) -> torch.Tensor:
-            cos, sin = (part.expand(-1, states.shape[2], -1) for part in (mean_cos, mean_sin))
-            return layer.rotate(states, cos, sin)
+            return layer.rotate(
+                states, map_factors(lambda factor: factor.expand(-1, states.shape[2], -1), mean_factors)
+            )
 
         mean = rotated(summary.mean) * layer.scaling
         covariance = summary.scatter / summary.count.clamp_min(1) * layer.scaling**2
@@ -143,3 +145,7 @@ class ExpectedAttention(Method):
             total = logs if total is None else torch.logaddexp(total, logs)
         assert total is not None
         return total - math.log(heads_each)
+
+
+def _wide(factor: torch.Tensor) -> torch.Tensor:
+    return factor if factor.is_complex() else factor.float()

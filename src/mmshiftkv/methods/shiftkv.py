@@ -78,16 +78,9 @@ class ShiftKV(Method):
         else:
             groups, stride = config.num_groups, config.future_stride or config.num_groups
             hidden_states = self._samples(layer.index, summary, valid)
-        # One projection makes the proxies and the last token's own query.
-        queries = layer.project_queries(hidden_states)
-        rotated, last_query = layer.rotate_ahead(
-            queries[:, :, :-1],
-            queries[:, :, -1:],
-            last.cos,
-            last.sin,
-            count=(queries.shape[2] - 1) // groups,
-            stride=stride,
-            backend=config.backend,
+        count = (hidden_states.shape[1] - 1) // groups
+        rotated, last_query = layer.queries_ahead(
+            hidden_states, last.positions, count=count, stride=stride, backend=config.backend
         )
         return Proxies(rotated, last_query, groups)
 

@@ -49,9 +49,9 @@ class SnapKV(Method):
         recent = inputs.tokens(max(tokens - self.window, 0), tokens)
         if earlier is None or tokens >= self.window:
             return recent.copied()
-        both = [(getattr(earlier, name), getattr(recent, name)) for name in ("hidden_states", "cos", "sin")]
-        hidden_states, cos, sin = (torch.cat(parts, dim=1)[:, -self.window :].clone() for parts in both)
-        return LayerInput(hidden_states, cos, sin, None)
+        hidden_states = torch.cat([earlier.hidden_states, recent.hidden_states], dim=1)
+        both = LayerInput(hidden_states, earlier.positions.followed_by(recent.positions), None)
+        return both.tokens(-self.window).copied()
 
     def score(
         self,
@@ -73,4 +73,4 @@ class SnapKV(Method):
 
     def queries(self, layer: AttentionLayer, summary: LayerInput) -> torch.Tensor:
         """The rotated queries of the window, (B, H, window or all tokens, D)."""
-        return layer.rotate(layer.project_queries(summary.hidden_states), summary.cos, summary.sin)
+        return layer.queries(summary.hidden_states, summary.positions)
