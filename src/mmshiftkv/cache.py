@@ -72,7 +72,10 @@ class PrefillSelectionCache(DynamicCache):
         # Exactly this class: its subclasses drop or share tokens by rules of their own.
         self._selected = [index for index, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
         if not self._selected:
-            raise ValueError(f"model: {type(model).__name__} is not supported: it has no full-attention layer")
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in self.layers}))
+            raise ValueError(
+                f"model: {type(model).__name__} is not supported: it has no full-attention layer (it has {kinds})"
+            )
         self._decoder = Decoder(model, self._selected)
         self._method = method
         self._settings = PromptSettings(budget, prefill, prompt_length, backend)

@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .asking import CACHES, parameters_of, takes_query_by_function
 from .queries import AttentionLayer
-from .rotary import Rotary
+from .rotary import Rotary, rotary_of
 
 
 class Decoder:
@@ -29,7 +29,6 @@ class Decoder:
         text_model: Any = text_decoder(model)
         self.blocks: tuple[nn.Module, ...] = tuple(_blocks(text_model))
         config = model.config.get_text_config(decoder=True)
-        rotary = _rotary_embedding(text_model)
         layer_types = getattr(config, "layer_types", None)
         last_position = (getattr(config, "max_position_embeddings", None) or 1) - 1
         self.attention: dict[int, AttentionLayer] = {}
@@ -37,7 +36,7 @@ class Decoder:
             self.attention[index] = AttentionLayer(
                 _attention_module(self.blocks[index], index),
                 index,
-                Rotary(rotary, layer_types[index] if layer_types else None),
+                Rotary(rotary_of(text_model, config, index), layer_types[index] if layer_types else None),
                 config.hidden_size,
                 last_position,
             )
@@ -80,8 +79,10 @@ def text_decoder(model: PreTrainedModel) -> nn.Module:
         raise ValueError(f"model: {type(model).__name__} is an encoder-decoder; only decoders are supported")
     find: Any = getattr(model, "get_decoder", None)
     decoder: Any = find() if find else model
-    if _blocks(decoder) is None and hasattr(decoder, "model"):
-        decoder = decoder.model
+    # Some wrap the module with the blocks once more, or call their head "decoder".
+    for inner in (getattr(decoder, "model", None), getattr(model, "model", None)):
+        if _blocks(decoder) is None and isinstance(inner, nn.Module):
+            decoder = inner
     if _blocks(decoder) is None:
         raise ValueError(f"model: {type(decoder).__name__} is not supported: it has no list of decoder blocks")
     return decoder
@@ -95,20 +96,6 @@ def _blocks(decoder: nn.Module) -> Any:
     return None
 
 
-def _rotary_embedding(decoder: nn.Module) -> nn.Module | None:
-    """The rotary embedding that a decoder gives its layers the factors of; None if it has none.
-
-    Raises:
-        ValueError: it has several.
-    """
-    found = {name: module for name, module in decoder.named_children() if "rotary" in name}
-    if len(found) > 1:
-        raise ValueError(
-            f"model: {type(decoder).__name__} is not supported: it has several rotary embeddings ({', '.join(found)})"
-        )
-    return next(iter(found.values()), None)
-
-
 def _attention_module(block: nn.Module, index: int) -> nn.Module:
     """The module of a block that attends to the tokens before."""
     found = [module for module in block.modules() if module is not block and hasattr(module, "layer_idx")]
@@ -118,6 +105,8 @@ def _attention_module(block: nn.Module, index: int) -> nn.Module:
     for candidates in (asked, rebuilt):
         if len(candidates) == 1:
             return candidates[0]
-    names = ", ".join(type(module).__name__ for module in asked or found)
-    what = f"several of its modules attend to tokens ({names})" if names else "none of its modules attends to tokens"
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(type(module).__name__ for module in found)
+    what = f"several of its modules attend to tokens ({names})" if found else "none of its modules attends to tokens"
     raise ValueError(f"model: layer {index} ({type(block).__name__}) is not supported: {what}")

@@ -40,7 +40,9 @@ class Facts:
         scaling: factor on the logits.
         softcap: bound of the logits, or None.
         has_sinks: whether a learned logit of each head, its attribute `sinks`, takes part in the softmax.
-        is_latent: whether it stores latents of which keys and values are made.
+        is_latent: whether keys and values are made of what is stored: of latents of all heads, for instance.
+        repeats_stored_heads: whether the heads made of one that is stored do not lie side by side: the first of each
+            come first, then the second of each, and so on.
     """
 
     is_rebuilt: bool
@@ -50,6 +52,7 @@ class Facts:
     softcap: float | None = None
     has_sinks: bool = False
     is_latent: bool = False
+    repeats_stored_heads: bool = False
 
 
 def look_at(module: nn.Module, rotary: Rotary, hidden_size: int, last_position: int) -> Facts:
@@ -70,6 +73,8 @@ def look_at(module: nn.Module, rotary: Rotary, hidden_size: int, last_position: 
     """
     if getattr(module, "lambda_q1", None) is not None:
         raise ValueError("it has differential attention (lambda_q1)")
+    if unknown := unknown_arguments(module):
+        raise ValueError(f"its attention takes {', '.join(unknown)}, which is not understood")
     device = _device_of(module)
     if device.type == "meta":
         return _unseen(module)
@@ -77,8 +82,6 @@ def look_at(module: nn.Module, rotary: Rotary, hidden_size: int, last_position: 
     with torch.no_grad(), without_autocast(device):
         if not takes_query_by_function(module):
             return _of_keys(module, rotary, made_up)
-        if unknown := unknown_arguments(module):
-            raise ValueError(f"its attention takes {', '.join(unknown)}, which is not understood")
         return _of_answer(module, rotary, made_up)
 
 
@@ -137,8 +140,27 @@ def _of_answer(module: nn.Module, rotary: Rotary, made_up: _MadeUp) -> Facts:
         scaling=_scaling(handed),
         softcap=handed.options.get("softcap"),
         has_sinks=sinks is not None,
-        is_latent=store.given[0].shape != handed.keys.shape,
+        is_latent=not all(_is_same(*pair) for pair in zip(store.given, (handed.keys, handed.values), strict=True)),
+        repeats_stored_heads=_repeats_heads(store.given[0], handed.keys),
     )
+
+
+def _is_same(stored: torch.Tensor, attended: torch.Tensor) -> bool:
+    return stored.shape == attended.shape and torch.equal(stored, attended)
+
+
+def _repeats_heads(stored: torch.Tensor, attended: torch.Tensor) -> bool:
+    """Whether the heads that are stored are repeated one after another to become those that are attended to.
+
+    Raises:
+        ValueError: several are stored, and it is not known which becomes which.
+    """
+    heads, made = stored.shape[1], attended.shape[1]
+    if heads in (1, made):
+        return False
+    if stored.shape[3] == attended.shape[3] and torch.equal(stored.repeat(1, made // heads, 1, 1), attended):
+        return True
+    raise ValueError(f"it makes {made} KV heads of {heads} that are stored, and it is not known which of which")
 
 
 def _scaling(handed: Handed) -> float:
@@ -167,8 +189,10 @@ def _check_logits(module: nn.Module, handed: Handed) -> None:
     if function is None:
         return
     options = {**handed.options, "dropout": 0.0, "scaling": _scaling(handed)}
+    # Some of these functions need a mask.
+    nothing_hidden = handed.query.new_zeros(1, 1, handed.query.shape[2], handed.keys.shape[2])
     try:
-        own = function(module, handed.query, handed.keys, handed.values, None, **options)[0]
+        own = function(module, handed.query, handed.keys, handed.values, nothing_hidden, **options)[0]
     except _ERRORS as error:
         raise ValueError(f"its attention function could not be tried: {_words(error)}") from error
     expected = _plain_attention(handed)

@@ -169,6 +169,14 @@ class AttentionLayer:
         handed = ask(self.module, self._of_weights(hidden_states), token, cache=cache)
         return handed.keys, handed.values
 
+    def of_stored(self, scores: torch.Tensor, heads: int) -> torch.Tensor:
+        """Scores (B, H_kv, T) as those of what is stored, (B, heads, T): heads that share it share its tokens."""
+        if scores.shape[1] == heads:
+            return scores
+        if self.facts.repeats_stored_heads:
+            return scores.unflatten(1, (-1, heads)).mean(dim=1)
+        return scores.unflatten(1, (heads, -1)).mean(dim=2)
+
     def _of_weights(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The states in the dtype of the module's weights: the model's own may be run under autocast."""
         dtype = next((one.dtype for one in self.module.parameters() if one.dtype in PLAIN_DTYPES), hidden_states.dtype)

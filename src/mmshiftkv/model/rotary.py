@@ -22,13 +22,16 @@ class Rotary:
 
     Args:
         module: the decoder's rotary embedding; None if it has none.
-        layer_type: the layer's type, where the embedding has frequencies for each.
+        layer_type: the layer's type, where the embedding has frequencies for each; one that it has none for is not
+            rotated.
     """
 
     def __init__(self, module: nn.Module | None, layer_type: str | None) -> None:
-        self.module = module
-        self._layer_type = layer_type
         takes_type = module is not None and "layer_type" in inspect.signature(type(module).forward).parameters
+        rope_types = getattr(module, "rope_type", None)
+        has_none = takes_type and isinstance(rope_types, dict) and layer_type not in rope_types
+        self.module = None if has_none else module
+        self._layer_type = layer_type
         self._arguments = (layer_type,) if takes_type else ()
 
     def factors(self, positions: torch.Tensor) -> Factors:
@@ -44,8 +47,9 @@ class Rotary:
         still.rope_type = dict.fromkeys(rope_type, "default") if isinstance(rope_type, dict) else "default"
         device = next(self.module.buffers(), positions).device
         where = positions.to(device)
-        if hasattr(self.module, "mrope_section"):
-            where = where[None].expand(3, -1, -1)
+        sections: Any = getattr(self.module, "mrope_section", None)
+        if sections is not None:
+            where = where[None].expand(len(sections), -1, -1)
         found = type(self.module).forward(still, torch.zeros(1, device=device), where, *self._arguments)
         found = found if isinstance(found, torch.Tensor) else tuple(found)
         return map_factors(lambda factor: factor.to(positions.device), found)
@@ -104,13 +108,24 @@ class Rotary:
         return known[key]
 
     def _computed_steps(self, distances: torch.Tensor) -> Factors:
-        found = self.factors(distances)
+        try:
+            found = self.factors(distances)
+        except IndexError:  # a table of positions that is not that long
+            return self._composed_steps(distances[:, 1:])
         # Some embeddings scale their factors to scale the logits; at position 0 that is all that is left.
         if isinstance(found, torch.Tensor):
             return found[:, 1:] / found[:, :1]
         assert found is not None
         cos, sin = self._cos_first(found)
         return cos[:, 1:] / cos[:, :1], sin[:, 1:] / cos[:, :1]
+
+    def _composed_steps(self, distances: torch.Tensor) -> Factors:
+        """cos and sin of these distances (1, n), from the angle of a single position."""
+        found = self.factors(torch.ones_like(distances[:, :1]))
+        assert isinstance(found, tuple)
+        cos, sin = (factor.double() for factor in self._cos_first(found))
+        angles = torch.atan2(sin, cos) * distances[..., None]
+        return angles.cos().float(), angles.sin().float()
 
     def _cos_first(self, factors: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         return (factors[1], factors[0]) if self._is_sin_first else factors
@@ -138,3 +153,28 @@ def _first(factors: tuple[torch.Tensor, torch.Tensor] | torch.Tensor) -> torch.T
 
 def _ahead(place: torch.Tensor | None, count: int, stride: int) -> torch.Tensor | None:
     return None if place is None else place + torch.arange(1, count + 1, device=place.device) * stride
+
+
+def rotary_of(decoder: nn.Module, config: Any, index: int) -> nn.Module | None:
+    """The rotary embedding that a decoder gives layer `index` the factors of; None if it has none.
+
+    Args:
+        decoder: the module that holds the blocks.
+        config: of the text model.
+        index: of the layer.
+
+    Raises:
+        ValueError: it has several, and it is not known which the layer gets.
+    """
+    bases = getattr(config, "layer_rope_theta", None)
+    several: Any = getattr(decoder, "rotary_embs", None)
+    if several is not None and bases is not None:  # Granite with one base a layer, 0 for none
+        found = [one for one in several if one.config.rope_parameters["rope_theta"] == bases[index]]
+        return found[0] if found else None
+    found = [module for module in decoder.children() if "rotary" in type(module).__name__.lower()]
+    scaled = getattr(config, "rope_scaling_layers", None)
+    if len(found) == 2 and scaled is not None:  # Molmo 2
+        return found[0] if index in scaled else found[1]
+    if len(found) > 1:
+        raise ValueError(f"model: {type(decoder).__name__} is not supported: it has {len(found)} rotary embeddings")
+    return found[0] if found else None
