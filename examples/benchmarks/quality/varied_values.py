@@ -68,7 +68,7 @@ class VariedValues(ShiftKV):
     def prepare(self, layer: Any, summary: Any, valid: torch.Tensor | None) -> Any:
         """The proxies, and the queries of the last tokens."""
         last = summary.last_tokens
-        queries = layer.rotate(layer.project_queries(last.hidden_states), last.cos, last.sin)
+        queries = layer.queries(last.hidden_states, last.positions)
         return Queries(super().prepare(layer, summary.summary, valid), queries)
 
     def score(
