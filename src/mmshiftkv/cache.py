@@ -45,7 +45,7 @@ class PrefillSelectionCache(DynamicCache):
 
     Raises:
         TypeError, ValueError: `model` is not supported (the message names what is missing), `method` is none, or a bad
-            budget or prefill.
+            budget or prefill; or the method cannot score what a layer of the model stores.
     """
 
     def __init__(
@@ -77,6 +77,8 @@ class PrefillSelectionCache(DynamicCache):
                 f"model: {type(model).__name__} is not supported: it has no full-attention layer (it has {kinds})"
             )
         self._decoder = Decoder(model, self._selected)
+        for layer in self._decoder.attention.values():
+            method.check(layer)
         self._method = method
         self._settings = PromptSettings(budget, prefill, prompt_length, backend)
         self._hooks = PrefillHooks(self._decoder)

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from masked_reference import dropped_entries_masked

@@ -226,9 +226,8 @@ def test_expected_attention_is_that_of_the_formula(vision_case, family, sinks, e
         dims, heads_each = keys.shape[-1], layer.module.num_key_value_groups
         basis = torch.eye(dims).expand(2, 1, dims, dims)
         later = layer.rotary.ahead(observation.positions.tokens(-1), count=20, stride=1).factors
-        steps = [
-            layer.rotate(basis, tuple(part[:, [step]].expand(2, dims, -1) for part in later))[:, 0] for step in range(20)
-        ]
+        by_step = [tuple(part[:, [step]].expand(2, dims, -1) for part in later) for step in range(20)]
+        steps = [layer.rotate(basis, factors)[:, 0] for factors in by_step]
         rotation = torch.stack(steps).double().mean(dim=0)  # a row vector times it is rotated
         queries = layer.unrotated(observation.hidden_states, observation.positions).double()
         for row in range(2):

@@ -25,6 +25,10 @@ class Method(ABC):
         """
         return 1
 
+    def check(self, layer: AttentionLayer) -> None:
+        """Raises ValueError if the method cannot score the prompts of this layer; by default it can."""
+        return None
+
     @abstractmethod
     def observe(self, layer: AttentionLayer, inputs: LayerInput, earlier: Any) -> Any:
         """What `score` will need of these tokens and of the earlier ones (`earlier` is None at first)."""

@@ -69,6 +69,14 @@ class ExpectedAttention(Method):
         """How many tokens are always kept: the sinks and the last."""
         return self.sinks + 1
 
+    def check(self, layer: AttentionLayer) -> None:
+        """Raises ValueError if it is not known how the layer's queries are rotated."""
+        if not layer.can_rotate:
+            raise ValueError(
+                f"model: layer {layer.index} ({type(layer.module).__name__}): ExpectedAttention needs to know how "
+                "queries are rotated, and this is none of the known ways"
+            )
+
     def observe(self, layer: AttentionLayer, inputs: LayerInput, earlier: QueryStatistics | None) -> QueryStatistics:
         """Statistics of the queries so far."""
         tokens = inputs.hidden_states.shape[1]
