@@ -135,6 +135,18 @@ def test_queries_grow_with_the_position_in_layers_made_so():
         assert max(grew) > 1.05
 
 
+@pytest.mark.parametrize("name", models.SUPPORTED)
+def test_asked_and_rebuilt_queries_are_the_same(name):
+    seen = Observed(build(name), models.prompt_ids(2, 24))
+    for index, layer in seen.layers.items():
+        hidden, last = seen.hidden_states[index][:, :13], seen.positions[index].tokens(9, 10)
+        with torch.no_grad():
+            rebuilt, asked = (
+                each.queries_ahead(hidden, last, count=4, stride=3, backend="torch") for each in (layer, layer.asking())
+            )
+        torch.testing.assert_close(asked, rebuilt, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["deepseek_v3", "jetmoe", "phi3"])
 def test_attended_keys_and_values_are_those_that_attention_makes(name):
     seen = Observed(build(name), models.prompt_ids(2, 24))

@@ -1,5 +1,6 @@
 """How a decoder layer makes its queries of made-up hidden states: rebuilt from its parts, or asked of the module."""
 
+import copy
 import weakref
 from typing import Any
 
@@ -48,6 +49,12 @@ class AttentionLayer:
                 raise ValueError(f"model: layer {index} ({type(module).__name__}) is not supported: {error}") from error
         self.facts = _known[module]
         self._parts = Rebuilder(module) if self.facts.is_rebuilt else None
+
+    def asking(self) -> "AttentionLayer":
+        """The same layer, which asks its module also where rebuilt queries are its own: for comparison."""
+        twin = copy.copy(self)
+        twin._parts = None
+        return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionLayer":
         return self
