@@ -56,6 +56,27 @@ def check_valid(valid: torch.Tensor | None, like_name: str, like: torch.Tensor, 
         check_device("valid", valid, like_name, like)
 
 
+def check_flag(not_finite: torch.Tensor | None, like_name: str, like: torch.Tensor) -> None:
+    """Raises ValueError unless `not_finite` is None or a (1,) bool flag on the device of `like`."""
+    if not_finite is not None:
+        check_shape("not_finite", not_finite, "(1,)", (1,))
+        check_dtype("not_finite", not_finite, torch.bool)
+        check_device("not_finite", not_finite, like_name, like)
+
+
+def check_out(out: tuple[torch.Tensor, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, count: int) -> None:
+    """Raises TypeError or ValueError unless `out` is storage for `count` tokens of these keys and values."""
+    check_pair("out", out)
+    check_shape("out[0]", out[0], "(B, H_kv, S, D)", (*keys.shape[:2], None, keys.shape[3]))
+    check_shape("out[1]", out[1], "(B, H_kv, S, D_v)", (*out[0].shape[:3], values.shape[3]))
+    if out[0].shape[2] < count:
+        raise ValueError(
+            f"out has {out[0].shape[2]} slots, must have at least as many as the {count} tokens of indices"
+        )
+    check_alike("out[0]", out[0], "keys", keys)
+    check_alike("out[1]", out[1], "values", values)
+
+
 def check_positive(name: str, value: float, most: float = math.inf) -> None:
     """Raises ValueError unless 0 < value <= most, and finite."""
     if not 0 < value <= most or value == math.inf:

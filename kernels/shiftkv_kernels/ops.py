@@ -19,7 +19,8 @@ from .checks import (
     check_contiguous,
     check_device,
     check_dtype,
-    check_pair,
+    check_flag,
+    check_out,
     check_positive,
     check_shape,
     check_valid,
@@ -256,7 +257,7 @@ def keep_best(
     check_valid(valid, "scores", scores, scores.shape[0], scores.shape[2])
     if not 1 <= count <= scores.shape[2]:
         raise ValueError(f"count={count!r} must be from 1 to the {scores.shape[2]} tokens of scores")
-    _check_flag(not_finite, "scores", scores)
+    check_flag(not_finite, "scores", scores)
     if takes_triton(backend, scores.device):
         from .fused.keep_best import keep_best as fused
 
@@ -286,9 +287,9 @@ def gather(
     check_device("values", values, "keys", keys)
     check_device("indices", indices, "keys", keys)
     if out is not None:
-        _check_out(out, keys, values, indices.shape[2])
+        check_out(out, keys, values, indices.shape[2])
     check_valid(valid, "keys", keys, keys.shape[0], keys.shape[2])
-    _check_flag(not_finite, "keys", keys)
+    check_flag(not_finite, "keys", keys)
     if takes_triton(backend, keys.device):
         from .fused.gather import gather as fused
 
@@ -320,25 +321,6 @@ def project_token(
 
         return fused(state, weights, biases)
     return reference.project_token(state, weights, biases)
-
-
-def _check_flag(not_finite: torch.Tensor | None, like_name: str, like: torch.Tensor) -> None:
-    if not_finite is not None:
-        check_shape("not_finite", not_finite, "(1,)", (1,))
-        check_dtype("not_finite", not_finite, torch.bool)
-        check_device("not_finite", not_finite, like_name, like)
-
-
-def _check_out(out: tuple[torch.Tensor, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, count: int) -> None:
-    check_pair("out", out)
-    check_shape("out[0]", out[0], "(B, H_kv, S, D)", (*keys.shape[:2], None, keys.shape[3]))
-    check_shape("out[1]", out[1], "(B, H_kv, S, D_v)", (*out[0].shape[:3], values.shape[3]))
-    if out[0].shape[2] < count:
-        raise ValueError(
-            f"out has {out[0].shape[2]} slots, must have at least as many as the {count} tokens of indices"
-        )
-    check_alike("out[0]", out[0], "keys", keys)
-    check_alike("out[1]", out[1], "values", values)
 
 
 def _check_queries(proxy_queries: torch.Tensor, last_query: torch.Tensor) -> torch.Size:
