@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -82,3 +83,22 @@ def check_positive(name: str, value: float, most: float = math.inf) -> None:
     if not 0 < value <= most or value == math.inf:
         limit = "" if most == math.inf else f" and at most {most}"
         raise ValueError(f"{name}={value!r} must be more than 0{limit}, and finite")
+
+
+def checked_logits(
+    name: str, queries: torch.Tensor, scaling: float, softcap: float | None, sinks: torch.Tensor | None
+) -> dict[str, Any]:
+    """How logits are made of the queries `name`, (B, H, n, D), as keywords of the operations.
+
+    Raises:
+        ValueError: `scaling` or `softcap` is not positive and finite, or `sinks` no floating (H,) on their device.
+    """
+    check_positive("scaling", scaling)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    if sinks is not None:
+        check_shape("sinks", sinks, "(H,)", queries.shape[1:2])
+        if not sinks.is_floating_point():
+            raise ValueError(f"sinks is {sinks.dtype}, must be of a floating dtype")
+        check_device("sinks", sinks, name, queries)
+    return {"scaling": scaling, "softcap": softcap, "sinks": sinks}

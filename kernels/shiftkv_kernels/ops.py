@@ -24,6 +24,7 @@ from .checks import (
     check_positive,
     check_shape,
     check_valid,
+    checked_logits,
 )
 from .device import is_interpreted, takes_triton
 
@@ -129,6 +130,8 @@ def group_mass(
     *,
     num_groups: int,
     scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,12 +140,13 @@ def group_mass(
     _check_prompt(proxy_queries, keys, None, valid)
     if num_groups < 1 or proxies == 0 or proxies % num_groups:
         raise ValueError(f"num_groups={num_groups!r} must be a divisor of the {proxies} proxies in proxy_queries")
-    check_positive("scaling", scaling)
+    logits = checked_logits("proxy_queries", proxy_queries, scaling, softcap, sinks)
+    arguments: dict[str, Any] = {"num_groups": num_groups, **logits, "valid": valid}
     if takes_triton(backend, keys.device, unless=_no_product(keys)):
         from .fused.group_mass import group_mass as fused
 
-        return fused(proxy_queries, last_query, keys, num_groups=num_groups, scaling=scaling, valid=valid)
-    return reference.group_mass(proxy_queries, last_query, keys, num_groups=num_groups, scaling=scaling, valid=valid)
+        return fused(proxy_queries, last_query, keys, **arguments)
+    return reference.group_mass(proxy_queries, last_query, keys, **arguments)
 
 
 def value_scores(
@@ -153,6 +157,8 @@ def value_scores(
     *,
     scaling: float,
     last_weight: float = 1.0,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -160,10 +166,10 @@ def value_scores(
     if _check_queries(proxy_queries, last_query)[2] == 0:
         raise ValueError("proxy_queries has no proxies, must have at least 1")
     _check_prompt(proxy_queries, keys, values, valid)
-    check_positive("scaling", scaling)
+    logits = checked_logits("proxy_queries", proxy_queries, scaling, softcap, sinks)
     if not 0 <= last_weight < math.inf:
         raise ValueError(f"last_weight={last_weight!r} must be at least 0, and finite")
-    arguments: dict[str, Any] = {"scaling": scaling, "last_weight": last_weight, "valid": valid}
+    arguments: dict[str, Any] = {**logits, "last_weight": last_weight, "valid": valid}
     if takes_triton(backend, keys.device, unless=_no_product(keys, values)):
         from .fused.value_scores import value_scores as fused
 
@@ -177,18 +183,20 @@ def attend(
     values: torch.Tensor,
     *,
     scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """What queries (B, H, n, D) behind a prompt get from it: (B, H, n, D_v) float32."""
     check_shape("queries", queries, "(B, H, n, D)", (None, None, None, None))
     _check_prompt(queries, keys, values, valid, "queries")
-    check_positive("scaling", scaling)
+    logits = checked_logits("queries", queries, scaling, softcap, sinks)
     if takes_triton(backend, keys.device, unless=_no_product(keys, values)):
         from .fused.attend import attend as fused
 
-        return fused(queries, keys, values, scaling=scaling, valid=valid)
-    return reference.attend(queries, keys, values, scaling=scaling, valid=valid)
+        return fused(queries, keys, values, **logits, valid=valid)
+    return reference.attend(queries, keys, values, **logits, valid=valid)
 
 
 def refit_values(
@@ -201,6 +209,8 @@ def refit_values(
     scaling: float,
     ridge: float,
     steps: int,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -213,10 +223,10 @@ def refit_values(
     check_shape("kept", kept, "(B, H_kv, C)", (*keys.shape[:2], None))
     check_dtype("kept", kept, torch.int64)
     check_device("kept", kept, "keys", keys)
-    check_positive("scaling", scaling)
+    logits = checked_logits("queries", queries, scaling, softcap, sinks)
     check_positive("ridge", ridge)
     check_positive("steps", steps)
-    arguments: dict[str, Any] = {"scaling": scaling, "ridge": ridge, "steps": steps, "valid": valid}
+    arguments: dict[str, Any] = {**logits, "ridge": ridge, "steps": steps, "valid": valid}
     if takes_triton(backend, keys.device, unless=_no_product(keys, values)):
         from .fused.refit_values import refit_values as fused
 
