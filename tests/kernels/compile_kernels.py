@@ -40,22 +40,28 @@ UNSPECIALIZED = {"T", "C", "S", "tiles_per_part", "chunks_per_program", "steps_p
 
 
 # What few models have: None for the others.
-SOFTMAX_PARTS = {"p_sinks", "cap_scale"}
+SINKS_AND_CAPPING = {"p_sinks", "cap_scale"}
 
 
 def compile_kernel(
-    kernel: Any, constants: dict[str, Any], dtype: str, capability: int, *, softmax_parts: bool = False, **options: Any
+    kernel: Any,
+    constants: dict[str, Any],
+    dtype: str,
+    capability: int,
+    *,
+    sinks_and_capping: bool = False,
+    **options: Any,
 ) -> Any:
     """The kernel as it is launched for aligned tensors of `dtype` ("bf16", "fp16", "fp32").
 
     Args:
-        softmax_parts: with learned sinks, of the same dtype, and capped logits.
+        sinks_and_capping: with learned sinks, of the same dtype, and capped logits.
     """
     signature, values, alignment = {}, dict(constants), {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in SOFTMAX_PARTS and not softmax_parts:
+        elif name in SINKS_AND_CAPPING and not sinks_and_capping:
             signature[name], values[name] = "constexpr", None
         elif name in UNIT_STRIDES:
             signature[name], values[name] = "constexpr", 1
@@ -74,14 +80,14 @@ def group_mass_cases(capability: int) -> dict[str, Any]:
     """Both passes at some dtypes and head dims, with the tiles that are chosen for them."""
     gpu = Gpu(multiprocessors=132, has_warpgroup_products=capability == 90)
     compiled = {}
-    for dtype, head_dim, padded, softmax_parts in (
+    for dtype, head_dim, padded, sinks_and_capping in (
         ("bf16", 128, False, False),
         ("bf16", 128, False, True),
         ("fp16", 40, True, False),
         ("bf16", 256, True, False),
         ("fp32", 80, False, False),
     ):
-        case = f"{dtype} {head_dim}{' with softmax parts' if softmax_parts else ''}"
+        case = f"{dtype} {head_dim}{' with sinks and capping' if sinks_and_capping else ''}"
         block = triton.next_power_of_2(head_dim)
         passes = tiles.choose_tiles(block, 4 if dtype == "fp32" else 2, 8192, gpu)
         constants = {"R": 7, "D": head_dim, "BLOCK_D": block, "EXACT": dtype == "fp32"}
@@ -96,7 +102,7 @@ def group_mass_cases(capability: int) -> dict[str, Any]:
                 {**constants, **extra, kept: choice.kept, streamed: choice.streamed},
                 dtype,
                 capability,
-                softmax_parts=softmax_parts,
+                sinks_and_capping=sinks_and_capping,
                 num_warps=choice.warps,
                 num_stages=choice.stages,
                 maxnreg=choice.registers,
@@ -108,7 +114,7 @@ def group_mass_cases(capability: int) -> dict[str, Any]:
             {**constants, "EVEN": not padded, "BLOCK_T": choice.kept, "BLOCK_Q": choice.streamed},
             dtype,
             capability,
-            softmax_parts=softmax_parts,
+            sinks_and_capping=sinks_and_capping,
             num_warps=choice.warps,
             num_stages=choice.stages,
             maxnreg=choice.registers,
@@ -117,7 +123,9 @@ def group_mass_cases(capability: int) -> dict[str, Any]:
     sizes: dict[str, Any] = {"PARTS": 9, "BLOCK": 256}
     without = sizes | {"N": None, "H": None}
     compiled[combine.__name__] = compile_kernel(combine, without, "fp32", capability)
-    compiled[f"{combine.__name__} with sinks"] = compile_kernel(combine, sizes, "fp32", capability, softmax_parts=True)
+    compiled[f"{combine.__name__} with sinks"] = compile_kernel(
+        combine, sizes, "fp32", capability, sinks_and_capping=True
+    )
     return compiled
 
 
@@ -152,9 +160,9 @@ def value_cases(capability: int) -> dict[str, Any]:
         for kernel, constants, options in cases:
             name = f"{kernel.__name__} {dtype} {head_dim}"
             compiled[name] = compile_kernel(kernel, constants, dtype, capability, **options)
-            if head_dim == 128 and set(kernel.arg_names) >= SOFTMAX_PARTS:
-                compiled[f"{name} with softmax parts"] = compile_kernel(
-                    kernel, constants, dtype, capability, softmax_parts=True, **options
+            if head_dim == 128 and set(kernel.arg_names) >= SINKS_AND_CAPPING:
+                compiled[f"{name} with sinks and capping"] = compile_kernel(
+                    kernel, constants, dtype, capability, sinks_and_capping=True, **options
                 )
     products, combine = refit_values._products_kernel, attend._combine_kernel
     compiled[products.__name__] = compile_kernel(products, {"D_V": 128, "BLOCK_R": 64, "BLOCK": 32}, "fp32", capability)

@@ -17,8 +17,7 @@ from .arguments import CACHE_ARGUMENTS
 
 # What an attention module may have that changes its logits in a way the proxies' logits would miss.
 _FOREIGN_PARTS = {
-    "sinks": "attention sinks",
-    "attn_logit_softcapping": "logit soft-capping",
+    "sink_proj": "attention sinks made of each token's state",
     "lambda_q1": "differential attention",
 }
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # others are those of quantised weights
@@ -65,6 +64,17 @@ class AttentionLayer:
         if not hasattr(self.module, name):
             raise ValueError(f"{self._name} is not supported: it has no attribute {name!r}")
         return getattr(self.module, name)
+
+    @property
+    def softcap(self) -> float | None:
+        """What caps the logits: x becomes softcap * tanh(x / softcap); None: nothing does."""
+        return getattr(self.module, "attn_logit_softcapping", None)
+
+    @property
+    def sinks(self) -> torch.Tensor | None:
+        """Learned sinks, (H,): a logit of each query head that takes mass and gives nothing; None: there are none."""
+        sinks = getattr(self.module, "sinks", None)
+        return None if sinks is None else sinks.detach()
 
     def project_queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Queries before rotation, (B, H, n, D), of attention inputs (B, n, d): projection, bias and query norm."""
