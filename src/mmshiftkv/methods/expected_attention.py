@@ -46,6 +46,10 @@ class ExpectedAttention(Method):
     of the value (paper: after the output projection).  Unlike there all is done with logarithms: expected attention
     that would underflow to equal zeros still has an order.
 
+    Where a model caps its logits there is no such closed form: they are taken uncapped, and tokens with high ones count
+    for more than in the model.  A learned sink takes a share of a query head's attention, so that the head counts for
+    less among those that share a KV head; the order of a head's tokens stays.
+
     Attributes:
         future_positions: positions that the rotation is averaged over (kvpress: 512).
         sinks: first tokens that are kept (kvpress: 4).
@@ -148,8 +152,12 @@ class ExpectedAttention(Method):
         total: torch.Tensor | None = None
         for head in range(heads_each):
             head_mean, head_covariance = mean[:, head::heads_each], covariance[:, head::heads_each]
-            logits = (keys * (head_mean + keys @ head_covariance / 2)).sum(dim=-1)
-            logs = logits.masked_fill(ignored, -torch.inf).log_softmax(dim=-1)
+            logits = (keys * (head_mean + keys @ head_covariance / 2)).sum(dim=-1).masked_fill(ignored, -torch.inf)
+            logs = logits.log_softmax(dim=-1)
+            if layer.sinks is not None:
+                sums = logits.logsumexp(dim=-1, keepdim=True)
+                # The share of the attention that the head's sink leaves to tokens.
+                logs = logs + torch.nn.functional.logsigmoid(sums - layer.sinks.float()[head::heads_each, None])
             total = logs if total is None else torch.logaddexp(total, logs)
         assert total is not None
         return total - math.log(heads_each)

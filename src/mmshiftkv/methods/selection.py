@@ -25,6 +25,8 @@ def select_tokens(
     values: torch.Tensor | None = None,
     last_query_weight: float = 1.0,
     scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -40,6 +42,9 @@ def select_tokens(
         values: (B, H_kv, T, D_v): tokens count by what they give to the outputs, instead of by votes.
         last_query_weight: with `values`, factor on what a token gives to the last query, >= 0.
         scaling: factor on the logits; None: D ** -0.5.
+        softcap: logits x become softcap * tanh(x / softcap), as in Gemma 2, > 0; None: they are not capped.
+        sinks: (H,), finite, of any floating dtype: learned sinks, as in gpt-oss, a logit of each query head to which
+            mass goes that no token gets; looking at them waits for the device.  None: there are none.
         valid: (B, T) bool, False for padding, which must be on the left; None: no padding.
         backend: "auto", "triton" or "torch".
 
@@ -57,12 +62,16 @@ def select_tokens(
     check_mass(mass)
     check_real("last_query_weight", last_query_weight, lambda weight: 0 <= weight < math.inf, "a finite number >= 0")
     _check_shapes(proxy_queries, last_query, keys, values, num_groups)
+    _check_sinks_and_capping(softcap, sinks, proxy_queries)
     batch, kv_heads, tokens, head_dim = keys.shape
     valid = _checked_padding(keys, valid)
     if budget >= tokens:
         return torch.arange(tokens, device=keys.device).expand(batch, kv_heads, -1).contiguous()
+    scaling = head_dim**-0.5 if scaling is None else scaling
     common: dict[str, Any] = {
-        "scaling": head_dim**-0.5 if scaling is None else scaling,
+        "scaling": scaling,
+        "softcap": softcap,
+        "sinks": sinks,
         "valid": valid,
         "backend": backend,
     }
@@ -84,6 +93,8 @@ def refit_values(
     ridge: float = 3.0,
     steps: int = REFIT_STEPS,
     scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -96,6 +107,9 @@ def refit_values(
         ridge: penalty on changed values, in units of the squared attention to a usual kept token, > 0.
         steps: of conjugate gradients from the values as they are.
         scaling: factor on the logits; None: D ** -0.5.
+        softcap: logits x become softcap * tanh(x / softcap), as in Gemma 2, > 0; None: they are not capped.
+        sinks: (H,), finite, of any floating dtype: learned sinks, as in gpt-oss, a logit of each query head to which
+            mass goes that no token gets; looking at them waits for the device.  None: there are none.
         valid: (B, T) bool, False for padding, which must be on the left; None: no padding.
         backend: "auto", "triton" or "torch".
 
@@ -108,14 +122,34 @@ def refit_values(
     check_integer("steps", steps, minimum=1)
     check_real("ridge", ridge, lambda value: 0 < value < math.inf, "a finite number > 0")
     check_choice("backend", backend, BACKENDS)
+    _check_sinks_and_capping(softcap, sinks, queries)
     valid = _checked_padding(keys, valid)
     common: dict[str, Any] = {
         "scaling": keys.shape[-1] ** -0.5 if scaling is None else scaling,
+        "softcap": softcap,
+        "sinks": sinks,
         "valid": valid,
         "backend": backend,
     }
     outputs = attend(queries, keys, values, **common)
     return refit_to_outputs(queries, outputs, keys, values, kept, ridge=ridge, steps=steps, **common)
+
+
+def _check_sinks_and_capping(softcap: Any, sinks: torch.Tensor | None, queries: torch.Tensor) -> None:
+    """Raises TypeError or ValueError unless `softcap` and `sinks` are such as queries (B, H, n, D) may have."""
+    if softcap is not None:
+        check_real("softcap", softcap, lambda value: 0 < value < math.inf, "a finite number > 0, or None")
+    if sinks is None:
+        return
+    if not isinstance(sinks, torch.Tensor) or not sinks.is_floating_point():
+        kind = sinks.dtype if isinstance(sinks, torch.Tensor) else type(sinks).__name__
+        raise TypeError(f"sinks is {kind}, must be a tensor of a floating dtype, or None")
+    if queries.ndim != 4 or sinks.shape != queries.shape[1:2]:
+        raise ValueError(f"sinks has shape {tuple(sinks.shape)}, must be (H,), one logit for each query head")
+    if sinks.device != queries.device:
+        raise ValueError(f"sinks is on {sinks.device}, must be on {queries.device} like the queries")
+    if not sinks.isfinite().all():
+        raise ValueError("sinks has numbers that are not finite")
 
 
 def _checked_padding(keys: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor | None:

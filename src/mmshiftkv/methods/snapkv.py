@@ -64,7 +64,9 @@ class SnapKV(Method):
         """Pooled attention of the window, at most 1; above it the window, the later a token the higher."""
         queries = self.queries(layer, summary)
         total = torch.zeros(keys.shape[:3], device=keys.device)
-        for attention in window_attention(queries, keys, layer.scaling, valid):
+        for attention in window_attention(
+            queries, keys, layer.scaling, valid, softcap=layer.softcap, sinks=layer.sinks
+        ):
             total += attention.sum(dim=(2, 3))
         mean = total * (keys.shape[1] / (queries.shape[1] * queries.shape[2]))
         mean = mean.masked_fill(in_window(keys, self.window), 0)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from shiftkv_kernels import rotate_queries
+from shiftkv_kernels.reference.attention import soft_capped, softmax_with_sinks
 
 from .asking import (
     Handed,
@@ -16,6 +17,7 @@ from .asking import (
     keys_given,
     takes_query_by_function,
     unknown_arguments,
+    with_weights,
 )
 from .positions import Factors, Positions
 from .precision import PLAIN_DTYPES, without_autocast
@@ -79,7 +81,7 @@ def look_at(module: nn.Module, rotary: Rotary, hidden_size: int, last_position: 
     if device.type == "meta":
         return _unseen(module)
     made_up = _MadeUp.of(module, rotary, hidden_size, last_position, device)
-    with torch.no_grad(), without_autocast(device):
+    with torch.no_grad(), without_autocast(device), with_weights(module):
         if not takes_query_by_function(module):
             return _of_keys(module, rotary, made_up)
         return _of_answer(module, rotary, made_up)
@@ -172,14 +174,11 @@ def _plain_attention(handed: Handed) -> torch.Tensor:
     """(B, n, H, D_v): what scaling, soft-capping, sinks and a softmax over all keys make of what was handed over."""
     shared = handed.query.shape[1] // handed.keys.shape[1]
     keys, values = (part.float().repeat_interleave(shared, dim=1) for part in (handed.keys, handed.values))
-    logits = handed.query.float() @ keys.transpose(-1, -2) * _scaling(handed)
-    softcap, sinks = handed.options.get("softcap"), handed.options.get("s_aux")
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if sinks is not None:
-        extra = sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
-        logits = torch.cat([logits, extra], dim=-1)
-    weights = logits.softmax(dim=-1)[..., : keys.shape[2]]
+    sinks = handed.options.get("s_aux")
+    logits = soft_capped(
+        handed.query.float() @ keys.transpose(-1, -2) * _scaling(handed), handed.options.get("softcap")
+    )
+    weights = softmax_with_sinks(logits, None if sinks is None else sinks.float().reshape(-1, 1, 1))
     return (weights @ values).to(handed.query.dtype).transpose(1, 2).contiguous()
 
 

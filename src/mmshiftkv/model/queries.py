@@ -9,7 +9,7 @@ from torch import nn
 
 from shiftkv_kernels import rotate_queries
 
-from .asking import StoredTokens, ask, parameters_of
+from .asking import StoredTokens, ask, parameters_of, with_weights
 from .facts import Facts, look_at
 from .positions import Factors, Positions, map_factors
 from .precision import PLAIN_DTYPES
@@ -72,7 +72,11 @@ class AttentionLayer:
     @property
     def sinks(self) -> torch.Tensor | None:
         """(H,), a learned logit of each query head, which takes part in the softmax and gives nothing; or None."""
-        return self.module.sinks if self.facts.has_sinks else None  # type: ignore[return-value]
+        if not self.facts.has_sinks:
+            return None
+        with with_weights(self.module):
+            sinks: Any = self.module.sinks
+            return sinks.detach()
 
     @property
     def can_rotate(self) -> bool:
