@@ -145,8 +145,6 @@ def test_a_changed_embedding_is_looked_at_anew():
 REFUSED = {
     "phi3": ({}, "q_proj"),
     "gpt2": ({"n_embd": 64, "n_head": 4, "n_layer": 2}, "no module list 'layers'"),
-    "gpt_oss": ({"num_local_experts": 2, "layer_types": ["full_attention"] * 3}, "attention sinks"),
-    "gemma2": ({"layer_types": ["full_attention"] * 3}, "soft-capping"),
     "cohere2": ({"layer_types": ["sliding_attention", "full_attention", "full_attention"]}, "layer 1"),
     "qwen3_next": (
         {
