@@ -31,12 +31,14 @@ def _mean_last_mass(
 
 
 @triton.jit
-def _weights_by_group(logits, scale, shifts, BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr):
-    """Weights of (BLOCK_T, GROUPS * SPAN) logits, summed over each group as far as a thread can: (.., GROUPS, 4).
+def _weights_by_group(
+    logits, scale, cap_scale, shifts, BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr
+):
+    """Weights of (BLOCK_T, GROUPS * SPAN) products, summed over each group as far as a thread can: (.., GROUPS, 4).
 
     A thread holds two neighbouring columns of every eight, so two of the five dimensions are its own.
     """
-    weights = tl.exp2(tl.fma(logits, scale, shifts[None, :]))
+    weights = tl.exp2(tl.fma(soft_capped(logits, cap_scale), scale, shifts[None, :]))
     weights = tl.reshape(weights, [BLOCK_T, GROUPS, SPAN // 8, 4, 2])
     return tl.sum(tl.sum(weights, 4), 2)
 
@@ -129,8 +131,7 @@ def _group_mass_kernel(
             m_q = (chunk * GROUPS + group < G) & (passed + member < GROUP_SIZE)
             shifts = tl.load(p_tile_shifts, mask=m_q, other=float("-inf"))
             logits = tile_products(b_k, p_k, m_t, stride_kd, p_tile, m_q, 1, D)
-        logits = soft_capped(logits, cap_scale)
-        sums += _weights_by_group(logits, scale, shifts, BLOCK_T, GROUPS, SPAN)
+        sums += _weights_by_group(logits, scale, cap_scale, shifts, BLOCK_T, GROUPS, SPAN)
         if i % TILES == TILES - 1:
             g = chunk * GROUPS + tl.arange(0, GROUPS)
             mass = tl.fma(tl.sum(sums, 2), 1.0 / (R * (GROUP_SIZE + 1)), last_mass[:, None])

@@ -43,8 +43,7 @@ def select_tokens(
         last_query_weight: with `values`, factor on what a token gives to the last query, >= 0.
         scaling: factor on the logits; None: D ** -0.5.
         softcap: logits x become softcap * tanh(x / softcap), as in Gemma 2, > 0; None: they are not capped.
-        sinks: (H,), finite, of any floating dtype: learned sinks, as in gpt-oss, a logit of each query head to which
-            mass goes that no token gets; looking at them waits for the device.  None: there are none.
+        sinks: (H,) floating, finite: logits of query heads that take mass and give nothing, as in gpt-oss; None: none.
         valid: (B, T) bool, False for padding, which must be on the left; None: no padding.
         backend: "auto", "triton" or "torch".
 
@@ -62,19 +61,11 @@ def select_tokens(
     check_mass(mass)
     check_real("last_query_weight", last_query_weight, lambda weight: 0 <= weight < math.inf, "a finite number >= 0")
     _check_shapes(proxy_queries, last_query, keys, values, num_groups)
-    _check_sinks_and_capping(softcap, sinks, proxy_queries)
-    batch, kv_heads, tokens, head_dim = keys.shape
-    valid = _checked_padding(keys, valid)
+    logits = _checked_logits(proxy_queries, scaling, softcap, sinks)
+    valid, tokens = _checked_padding(keys, valid), keys.shape[2]
     if budget >= tokens:
-        return torch.arange(tokens, device=keys.device).expand(batch, kv_heads, -1).contiguous()
-    scaling = head_dim**-0.5 if scaling is None else scaling
-    common: dict[str, Any] = {
-        "scaling": scaling,
-        "softcap": softcap,
-        "sinks": sinks,
-        "valid": valid,
-        "backend": backend,
-    }
+        return torch.arange(tokens, device=keys.device).expand(*keys.shape[:2], -1).contiguous()
+    common: dict[str, Any] = {**logits, "valid": valid, "backend": backend}
     if values is None:
         assert num_groups is not None
         groups, last = group_mass(proxy_queries, last_query, keys, num_groups=num_groups, **common)
@@ -108,8 +99,7 @@ def refit_values(
         steps: of conjugate gradients from the values as they are.
         scaling: factor on the logits; None: D ** -0.5.
         softcap: logits x become softcap * tanh(x / softcap), as in Gemma 2, > 0; None: they are not capped.
-        sinks: (H,), finite, of any floating dtype: learned sinks, as in gpt-oss, a logit of each query head to which
-            mass goes that no token gets; looking at them waits for the device.  None: there are none.
+        sinks: (H,) floating, finite: logits of query heads that take mass and give nothing, as in gpt-oss; None: none.
         valid: (B, T) bool, False for padding, which must be on the left; None: no padding.
         backend: "auto", "triton" or "torch".
 
@@ -122,25 +112,29 @@ def refit_values(
     check_integer("steps", steps, minimum=1)
     check_real("ridge", ridge, lambda value: 0 < value < math.inf, "a finite number > 0")
     check_choice("backend", backend, BACKENDS)
-    _check_sinks_and_capping(softcap, sinks, queries)
-    valid = _checked_padding(keys, valid)
-    common: dict[str, Any] = {
-        "scaling": keys.shape[-1] ** -0.5 if scaling is None else scaling,
-        "softcap": softcap,
-        "sinks": sinks,
-        "valid": valid,
-        "backend": backend,
-    }
+    logits = _checked_logits(queries, scaling, softcap, sinks)
+    common: dict[str, Any] = {**logits, "valid": _checked_padding(keys, valid), "backend": backend}
     outputs = attend(queries, keys, values, **common)
     return refit_to_outputs(queries, outputs, keys, values, kept, ridge=ridge, steps=steps, **common)
 
 
-def _check_sinks_and_capping(softcap: Any, sinks: torch.Tensor | None, queries: torch.Tensor) -> None:
-    """Raises TypeError or ValueError unless `softcap` and `sinks` are such as queries (B, H, n, D) may have."""
+def _checked_logits(
+    queries: torch.Tensor, scaling: float | None, softcap: Any, sinks: torch.Tensor | None
+) -> dict[str, Any]:
+    """How logits of queries (B, H, n, D) are made, as keywords of the operations.
+
+    Raises:
+        TypeError, ValueError: `softcap` or `sinks` are not such as these queries may have.
+    """
     if softcap is not None:
         check_real("softcap", softcap, lambda value: 0 < value < math.inf, "a finite number > 0, or None")
-    if sinks is None:
-        return
+    if sinks is not None:
+        _check_sinks(sinks, queries)
+    scaling = queries.shape[-1] ** -0.5 if scaling is None else scaling
+    return {"scaling": scaling, "softcap": softcap, "sinks": sinks}
+
+
+def _check_sinks(sinks: Any, queries: torch.Tensor) -> None:
     if not isinstance(sinks, torch.Tensor) or not sinks.is_floating_point():
         kind = sinks.dtype if isinstance(sinks, torch.Tensor) else type(sinks).__name__
         raise TypeError(f"sinks is {kind}, must be a tensor of a floating dtype, or None")
