@@ -84,6 +84,16 @@ SUPPORTED = {
     "seed_oss": {},
 }
 
+# Decoders that cap their logits or have learned sinks, by model type: `sinks_or_capping_model` builds them.
+SINKS_OR_CAPPING = {
+    "gemma2": {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 4},
+    "gpt_oss": {
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+
 # Decoders some of whose layers are not full attention, by model type.
 HYBRIDS = {
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 16},
@@ -102,6 +112,17 @@ def text_model(model_type: str = "llama", *, attention: str = "sdpa", seed: int 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
+
+
+def sinks_or_capping_model(model_type: str, **changes) -> PreTrainedModel:
+    """A decoder of `SINKS_OR_CAPPING`, with full attention in all layers; sinks take about half of the mass."""
+    given = {"layer_types": ["full_attention"] * 3, **SINKS_OR_CAPPING[model_type], **changes}
+    model = text_model(model_type, attention="eager", **given)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            parameter.data = 4 + torch.randn(parameter.shape, generator=generator)
+    return model
 
 
 def prompt_ids(rows: int = 1, tokens: int = 40, *, seed: int = 0) -> torch.Tensor:

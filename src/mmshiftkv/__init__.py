@@ -23,6 +23,7 @@ from .registry import (
     register_method,
 )
 from .report import CacheReport
+from .support import ModelSupport, model_support
 
 __all__ = [
     "CACHE_ARGUMENT",
@@ -33,6 +34,7 @@ __all__ = [
     "KeyDiffCache",
     "LayerInput",
     "Method",
+    "ModelSupport",
     "PrefillSelectionCache",
     "RandomCache",
     "ShiftKVCache",
@@ -46,6 +48,7 @@ __all__ = [
     "draw_heatmap",
     "make_cache",
     "measure_statistics",
+    "model_support",
     "refit_values",
     "register_method",
     "select_tokens",

@@ -15,7 +15,7 @@ from .methods.base import Method, check_method
 from .model.decoder import Decoder, text_decoder
 from .model.generation import GenerateCall, generate_call, is_compiling_prefill
 from .model.hooks import PrefillHooks
-from .model.queries import without_autocast
+from .model.precision import without_autocast
 from .prefill import Prefill, PromptSettings
 from .report import CacheReport, report_of
 from .storage.base import Pair, Storage
@@ -45,7 +45,7 @@ class PrefillSelectionCache(DynamicCache):
 
     Raises:
         TypeError, ValueError: `model` is not supported (the message names what is missing), `method` is none, or a bad
-            budget or prefill.
+            budget or prefill; or the method cannot score what a layer of the model stores.
     """
 
     def __init__(
@@ -72,8 +72,13 @@ class PrefillSelectionCache(DynamicCache):
         # Exactly this class: its subclasses drop or share tokens by rules of their own.
         self._selected = [index for index, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
         if not self._selected:
-            raise ValueError(f"model: {type(model).__name__} is not supported: it has no full-attention layer")
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in self.layers}))
+            raise ValueError(
+                f"model: {type(model).__name__} is not supported: it has no full-attention layer (it has {kinds})"
+            )
         self._decoder = Decoder(model, self._selected)
+        for layer in self._decoder.attention.values():
+            method.check(layer)
         self._method = method
         self._settings = PromptSettings(budget, prefill, prompt_length, backend)
         self._hooks = PrefillHooks(self._decoder)

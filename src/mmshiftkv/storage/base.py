@@ -1,4 +1,7 @@
-"""What all storage has in common: a layer that holds fewer tokens than it has seen, and the contract of a storage."""
+"""What all storage has in common: a layer that holds fewer tokens than it has seen, and the contract of a storage.
+
+Shapes of keys and values say D for the head dim of each: that of the values may be another than that of the keys.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,8 +21,8 @@ class Selection:
 
     Attributes:
         kept: (B, H_kv, C) int64, the columns to keep; None: all.
-        keys, values: (B, H_kv, T, D), of the whole prompt.
-        refitted: (B, H_kv, C, D), what to hold in place of the kept values; None: these.
+        keys, values: (B, H_kv, T, D) and (B, H_kv, T, D_v), of the whole prompt.
+        refitted: (B, H_kv, C, D_v), what to hold in place of the kept values; None: these.
         valid: (B, T) bool, False for padding; None when there is none.
         not_finite: (1,) bool, to be set to True if kept tokens have numbers that are not finite.
     """
