@@ -58,6 +58,7 @@ NOT_COUNTED = {
     "gemma3n": "its image tower is one of timm's, which the tests do not have; `gemma3n_text` is tried",
     "gemma4_assistant": "drafts for another model, whose cache it reads",
     "gemma4_unified_assistant": "drafts for another model, whose cache it reads",
+    "idefics": "every prompt needs an image, to which its layers attend apart from the text",
     "instructblip": "generates from images only, through the text model that it wraps",
     "instructblipvideo": "generates from videos only, through the text model that it wraps",
     "perception_lm": "its image tower is one of timm's, which the tests do not have",

@@ -16,8 +16,9 @@ FIRST_SPECIAL_TOKEN, FIRST_TEXT_TOKEN = 3, 64
 _SIZES = (
     (
         (64, 32),
-        "hidden_size d_model n_embd dim dim_model dim_model_base embed_dim embedding_dim emb_dim lru_width embedding_size "
-        "attention_hidden_size input_embedding_size output_embedding_size hidden_size_global backbone_hidden_size",
+        "hidden_size d_model n_embd dim dim_model dim_model_base embed_dim embedding_dim emb_dim lru_width "
+        "embedding_size attention_hidden_size input_embedding_size output_embedding_size hidden_size_global "
+        "backbone_hidden_size",
     ),
     (
         (LAYERS, 2),
@@ -66,7 +67,8 @@ _SIZES = (
     ((64, 64), "out_hidden_size text_hidden_size adapter_out_dim output_dim output_proj_dims projector_output_dim"),
     (
         (32, 32),
-        "projection_dim projector_hidden_size downsample_hidden_size adapter_input_size adapter_in_dim projection_hidden_size",
+        "projection_dim projector_hidden_size downsample_hidden_size adapter_input_size adapter_in_dim "
+        "projection_hidden_size",
     ),
     ((512, 512), "max_source_positions n_positions n_ctx context_length"),
 )
@@ -80,6 +82,8 @@ _TOWER_LAYERS = {
 }
 # What a text decoder is given where the default is None and the class would work it out from sizes no longer so.
 _FILLED = {"head_dim": 16, "num_key_value_heads": 2, "n_routed_experts": 4, "n_shared_experts": 1}
+# So that attention is far from even.
+_LARGE_WEIGHTS = 0.1
 _FIXED_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 _TOKEN_ENDINGS = ("_token_id", "_token_index", "_patch_id", "_start_id", "_end_id", "_newline_id")
 _TOWERS = ("vision", "audio", "vq", "qformer", "perceiver", "encoder", "sam", "protein")
@@ -111,6 +115,8 @@ def _shrunk(config: PretrainedConfig, is_tower: bool, tokens: dict[str, int]) ->
             settings[name] = _FIXED_TOKENS[name]
         elif name.endswith(_TOKEN_ENDINGS) and isinstance(value, int):
             settings[name] = tokens.setdefault(name, FIRST_SPECIAL_TOKEN + len(tokens))
+        elif name == "initializer_range" and not is_tower:
+            settings[name] = _LARGE_WEIGHTS
         elif name in SIZES and isinstance(value, int | list | tuple) and value:
             settings[name] = SIZES[name][is_tower]
         elif is_tower and name in _TOWER_LAYERS:

@@ -1,4 +1,4 @@
-"""What a cache must leave as it was: the model's hooks, attributes and settings, and what transformers has registered."""
+"""What a cache must leave as it was: a model's hooks, attributes and settings, and what transformers has registered."""
 
 from typing import Any
 
