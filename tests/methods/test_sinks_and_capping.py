@@ -163,11 +163,3 @@ def test_of_the_heads_that_share_a_kv_head_expected_attention_counts_one_with_a_
     assert (none <= torch.maximum(first, second) * (1 + 1e-3) + 1e-6).all()
     assert (none >= torch.minimum(first, second) * (1 - 1e-3) - 1e-6).all()
     torch.testing.assert_close(scores_with(-30.0, 60.0, -30.0, 60.0), first, atol=1e-5, rtol=1e-3)
-
-
-def test_sinks_that_each_token_makes_are_refused():
-    model = models.text_model()
-    attention = model.model.layers[1].self_attn
-    attention.sink_proj = torch.nn.Linear(64, 4)  # as Inkling 2 has it
-    with pytest.raises(ValueError, match=r"layer 1 .* sinks made of each token's state \(sink_proj\)"):
-        ShiftKVCache(model, budget=4)
