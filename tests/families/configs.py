@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from .exceptions import EXCEPTIONS
+from .recipes import RECIPES
 from .shrink import LAYERS, merged, parts_of, shrunk
 
 
@@ -22,7 +23,7 @@ class Family:
     Attributes:
         name: the model type.
         class_name: of the model.
-        takes_images: whether the class is one of those that take images and text.
+        takes_images: whether the class takes images and text.
     """
 
     name: str
@@ -34,7 +35,7 @@ def all_families() -> list[Family]:
     """Every model type of the mappings for causal language models and for image-text-to-text models, by name."""
     classes = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
     takes_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return [Family(name, classes[name], name in takes_images) for name in sorted(classes)]
+    return [Family(name, classes[name], name in takes_images or name in RECIPES) for name in sorted(classes)]
 
 
 def tiny_config(name: str, **changes: Any) -> PretrainedConfig:

@@ -1,19 +1,18 @@
 """One family: its tiny model is built, and everything is checked that can be."""
 
 import dataclasses
-import warnings
 from typing import Any
 
-import torch
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedModel
 
 from mmshiftkv import ShiftKVCache
 
-from .checks import BUDGET, CHECKS, PASSED, Checks
+from .checks import BUDGET, CHECKS, PASSED, Checks, told
 from .configs import Family, tiny_config, tiny_model
+from .exceptions import NOT_COUNTED
 from .generating import answer
-from .images import image_prompt
-from .inputs import prompt
+from .images import NoImages, image_prompts
+from .inputs import text_prompts
 from .surroundings import changes, seen_around
 
 # What a family's check may say and still be counted as working.
@@ -21,6 +20,7 @@ _FINE = (PASSED, "compiled", "grows: ", "not checked: ")
 _ATTENTIONS = ("sdpa", "eager")
 # Smaller than a prompt, and than what is decoded behind it.
 _SMALL_WINDOW = 16
+_WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
 
 Record = dict[str, Any]
 
@@ -40,46 +40,51 @@ def examine(family: Family) -> Record:
     """
     record: Record = {"class": family.class_name}
     try:
-        config = tiny_config(family.name)
-        _check_is_decoder(family, config)
+        _check_is_counted(family)
         model, record["attention"] = _build(family)
     except NotCounted as reason:
         return {**record, "outcome": "not counted", "reason": str(reason)}
     except Exception as error:
-        return {**record, "outcome": "not built", "reason": _told(error)}
+        return {**record, "outcome": "not built", "reason": told(error)}
     try:
-        images = image_prompt(family, model)
-        record["cache"] = _layers_of_plain_cache(model, images.inputs if images.is_needed else prompt())
+        record["cache"] = _layers_of_plain_cache(model)
     except NotCounted as reason:
         return {**record, "outcome": "not counted", "reason": str(reason)}
+    return {**record, **_examined(family, model, record)}
+
+
+def _examined(family: Family, model: PreTrainedModel, record: Record) -> Record:
     before = seen_around(model)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ShiftKVCache(model, budget=BUDGET)
+        ShiftKVCache(model, budget=BUDGET)
     except Exception as error:
-        record |= {"outcome": "refused", "reason": _told(error)}
-    else:
-        if not images.is_needed:
-            record["text"] = Checks(model, prompt()).run(CHECKS)
-            record |= _with_small_window(family, record["cache"], record["attention"])
-        if images.inputs is not None:
-            made_by = {"made by": images.made_by}
-            record["images"] = {**made_by, **Checks(model, images.inputs, images.second).run(CHECKS)}
-        elif family.takes_images:
-            record["images"] = {"made by": images.made_by}
-        record |= _outcome(record)
-    left = changes(before, seen_around(model))
-    if left:
-        record |= {"outcome": "faulty", "reason": f"changed and left so: {', '.join(left)}"}
-    return record
+        if left := changes(before, seen_around(model)):
+            return {"outcome": "faulty", "reason": f"refused, but changed and left so: {', '.join(left)}"}
+        return {"outcome": "refused", "reason": told(error)}
+    found = {"text": Checks(model, text_prompts()).run(CHECKS), **_with_small_window(family, record)}
+    if family.takes_images:
+        found["images"] = _with_images(family, model)
+    return {**found, **_outcome(found)}
 
 
-def _check_is_decoder(family: Family, config: PretrainedConfig) -> None:
-    if getattr(config, "is_encoder_decoder", False):
+def _with_images(family: Family, model: PreTrainedModel) -> Record:
+    try:
+        prompts, made_by = image_prompts(family, model.config)
+    except NoImages as reason:
+        return {"all": f"not checked: {reason}"}
+    except Exception as error:
+        return {"all": told(error)}
+    return {"made by": made_by, **Checks(model, prompts).run(CHECKS)}
+
+
+def _check_is_counted(family: Family) -> None:
+    config_class = CONFIG_MAPPING[family.name]
+    if family.name in NOT_COUNTED:
+        raise NotCounted(NOT_COUNTED[family.name])
+    if getattr(config_class, "is_encoder_decoder", False) or getattr(config_class(), "is_encoder_decoder", False):
         raise NotCounted("an encoder-decoder")
-    names = {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
-    if {"is_decoder", "add_cross_attention"} <= names and not config.is_decoder and family.name != "evolla":
+    names = {field.name for field in dataclasses.fields(config_class)}
+    if {"is_decoder", "add_cross_attention"} <= names and family.name != "evolla":
         raise NotCounted("an encoder, which decodes as a part of an encoder-decoder only")
 
 
@@ -93,13 +98,13 @@ def _build(family: Family, **changes: Any) -> tuple[PreTrainedModel, str]:
     raise AssertionError
 
 
-def _layers_of_plain_cache(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
+def _layers_of_plain_cache(model: PreTrainedModel) -> dict[str, int]:
     """How many layers of which kind a DynamicCache has for the model, once it has generated with one."""
-    cache = DynamicCache(config=model.config)
     try:
-        found = answer(model, inputs, cache)
+        cache = DynamicCache(config=model.config)
+        found = answer(model, text_prompts().first, cache)
     except Exception as error:
-        raise NotCounted(f"it does not generate with DynamicCache ({_told(error)})") from error
+        raise NotCounted(f"it does not generate with DynamicCache ({told(error)})") from error
     if not found.logits.isfinite().all():
         raise NotCounted("its tiny model's logits are not finite")
     if not any(getattr(layer, "keys", None) is not None and layer.keys.numel() for layer in cache.layers):
@@ -108,22 +113,22 @@ def _layers_of_plain_cache(model: PreTrainedModel, inputs: dict[str, torch.Tenso
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 
 
-def _with_small_window(family: Family, cache: dict[str, int], attention: str) -> Record:
+def _with_small_window(family: Family, record: Record) -> Record:
     """The checks again with sliding windows that are smaller than the prompt, if there are any."""
-    if not any("Sliding" in kind for kind in cache):
+    if not any("Sliding" in kind for kind in record["cache"]):
         return {}
     config = tiny_config(family.name)
     text = config.get_text_config(decoder=True)
-    name = next((each for each in ("sliding_window", "sliding_window_size") if getattr(text, each, None)), None)
+    name = next((each for each in _WINDOWS if getattr(text, each, None)), None)
     if name is None:
         return {"window": {"all": "not checked: the setting of its window is not known"}}
     changes: Record = {name: _SMALL_WINDOW}
     part = next((each for each, value in vars(config).items() if value is text), None)
     try:
-        model = tiny_model(family, attention, **({part: changes} if part else changes))
-        return {"window": Checks(model, prompt()).run(CHECKS)}
+        model = tiny_model(family, record["attention"], **({part: changes} if part else changes))
+        return {"window": Checks(model, text_prompts()).run(CHECKS)}
     except Exception as error:
-        return {"window": {"all": _told(error)}}
+        return {"window": {"all": told(error)}}
 
 
 def _outcome(record: Record) -> Record:
@@ -132,8 +137,3 @@ def _outcome(record: Record) -> Record:
             if name != "made by" and not result.startswith(_FINE):
                 return {"outcome": "faulty", "reason": f"{kind}, {name.replace('_', ' ')}: {result}"}
     return {"outcome": "works"}
-
-
-def _told(error: BaseException) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

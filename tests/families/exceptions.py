@@ -40,6 +40,31 @@ _GEMMA4_VISION: Settings = {
     "position_embedding_size": 64,
 }
 
+_MINICPM: Settings = {
+    "image_token_id": 10,
+    "video_token_id": 11,
+    "insert_layer_id": 0,
+    "vision_config": {"insert_layer_id": 0},
+}
+# Sizes of images that are cut into two or four parts.
+PINPOINTS = [[56, 112], [112, 56], [112, 112]]
+
+# Families of which no tiny decoder is tried, and why.
+NOT_COUNTED = {
+    "blip": "generates from an image alone",
+    "blip-2": "generates from images only, through the text model that it wraps",
+    "diffusion_gemma": "fills blocks of text by diffusion",
+    "fast_vlm": "its image tower is one of timm's, which the tests do not have",
+    "gemma3n": "its image tower is one of timm's, which the tests do not have; `gemma3n_text` is tried",
+    "gemma4_assistant": "drafts for another model, whose cache it reads",
+    "gemma4_unified_assistant": "drafts for another model, whose cache it reads",
+    "instructblip": "generates from images only, through the text model that it wraps",
+    "instructblipvideo": "generates from videos only, through the text model that it wraps",
+    "perception_lm": "its image tower is one of timm's, which the tests do not have",
+    "pi0": "makes actions of a robot, not text",
+    "trocr": "the decoder of an encoder-decoder",
+}
+
 EXCEPTIONS: dict[str, Settings] = {
     "apertus1p5": {
         "text_config": {"vocab_size": 512},
@@ -71,25 +96,38 @@ EXCEPTIONS: dict[str, Settings] = {
     },
     "evolla": {"use_cache": True},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 16},
+    "gemma3": {"mm_tokens_per_image": 4},
     "gemma3n": {"text_config": {**_SHARED, "activation_sparsity_pattern": None}},
     "gemma3n_text": {**_SHARED, "activation_sparsity_pattern": None},
-    "gemma4": {"text_config": _SHARED, "vision_config": _GEMMA4_VISION},
-    "gemma4_text": _SHARED,
-    "gemma4_unified": {"text_config": _SHARED, "vision_config": {"mm_embed_dim": 64, "output_proj_dims": 64}},
-    "gemma4_unified_text": _SHARED,
+    "gemma4": {"text_config": {**_SHARED, "global_head_dim": 32}, "vision_config": _GEMMA4_VISION},
+    "gemma4_text": {**_SHARED, "global_head_dim": 32},
+    "gemma4_unified": {
+        "text_config": {**_SHARED, "global_head_dim": 32},
+        "vision_config": {"mm_embed_dim": 64, "output_proj_dims": 64},
+    },
+    "gemma4_unified_text": {**_SHARED, "global_head_dim": 32},
     "glm46v": {"text_config": _axes(2, 3, 3)},
     "glm4v": {"text_config": _axes(2, 3, 3)},
     "glm4v_moe": {"text_config": _axes(1, 1, 2, partial_rotary_factor=0.5)},
     "glm_ocr": {"text_config": _axes(2, 3, 3)},
     "glmga": {"text_config": _axes(2, 3, 3)},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1]},
+    "granite4_vision": {
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [[-1, 0]],
+        "spatial_target_layers": [1],
+        "vision_config": {"hidden_size": 128},
+    },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    # Each stack of layers runs several times, with a cache layer for each time.
+    "hrm_text": {"num_hidden_layers": 1, "num_layers_per_stack": None},
     "hunyuan_vl": {"text_config": _axes(2, 2, 2, 2)},
     "hy_v4_vl": {"text_config": _axes(2, 1, 1)},
     "inkling_mm_model": {"vision_config": {"num_hidden_layers": 4}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "llava_next": {"image_grid_pinpoints": PINPOINTS},
+    "llava_onevision": {"image_grid_pinpoints": PINPOINTS},
     "longcat_flash": {"head_dim": 8, "num_layers": 2},
     "mamba2": {"num_heads": 8},
     # As in its checkpoints since 0.2: with a window in all layers there is nothing to compress.
@@ -97,16 +135,34 @@ EXCEPTIONS: dict[str, Settings] = {
     "mistral3": {"text_config": {"sliding_window": None}},
     "idefics2": {"text_config": {"sliding_window": None}},
     "ministral": {"layer_types": ["sliding_attention", "full_attention"] * 2},
-    "minicpm_ocr": {"text_config": _QWEN3_5},
-    "minicpmv4_6": {"text_config": _QWEN3_5},
-    "minicpmv4_7": {"text_config": _QWEN3_5},
-    "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
+    "minicpm_ocr": {"text_config": _QWEN3_5, **_MINICPM},
+    "minicpmv4_6": {"text_config": _QWEN3_5, **_MINICPM},
+    "minicpmv4_7": {
+        "text_config": _QWEN3_5,
+        **_MINICPM,
+        "image_start_id": 12,
+        "image_end_id": 13,
+        "slice_start_id": 14,
+        "slice_end_id": 15,
+        "newline_id": 16,
+    },
+    "molmo2": {
+        "adapter_config": {
+            "vision_feature_layer": [-1, -2],
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        }
+    },
     "muse_spark": {"audio_config": {"num_hidden_layers": 4, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1]}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "paddleocr_vl": {"text_config": _axes(2, 3, 3)},
+    "paligemma": {"projection_dim": 64, "vision_config": {"projection_dim": 64}},
     "qwen2_5_omni_thinker": {"text_config": _axes(2, 3, 3), "vision_start_token_id": 50},
     "qwen2_5_vl": {"text_config": _axes(2, 3, 3)},
-    "qwen2_vl": {"text_config": _axes(2, 3, 3)},
+    # Its code cuts images into squares of this size.
+    "phi4_multimodal": {"vision_config": {"image_size": 448}},
+    "qwen2_vl": {"text_config": _axes(2, 3, 3), "vision_config": {"hidden_size": 64}},
     "qwen3_5": {"text_config": _QWEN3_5},
     "qwen3_5_moe": {"text_config": _QWEN3_5},
     "qwen3_5_moe_text": _QWEN3_5,

@@ -42,7 +42,9 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("--families", nargs="+", metavar="NAME", help="model types; all by default")
     parser.add_argument("--json", type=Path, default=RECORD, help="the record (%(default)s)")
-    parser.add_argument("--limit", type=float, default=SECONDS_PER_FAMILY, help="seconds a family may take (%(default)s)")
+    parser.add_argument(
+        "--limit", type=float, default=SECONDS_PER_FAMILY, help="seconds a family may take (%(default)s)"
+    )
     options = parser.parse_args(words)
     families = all_families()
     unknown = set(options.families or []) - {family.name for family in families}

@@ -7,6 +7,8 @@ from transformers import PretrainedConfig
 
 LAYERS = 4
 VOCABULARY = 320
+# Patches along each side of an image, where a tower takes images of one size.
+PATCHES = 4
 # Ids of tokens with a meaning, in the order in which they are met; those of a prompt's text come after them.
 FIRST_SPECIAL_TOKEN, FIRST_TEXT_TOKEN = 3, 64
 
@@ -62,7 +64,10 @@ _SIZES = (
         "vocab_size decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size encoder_hash_byte_group_vocab",
     ),
     ((64, 64), "out_hidden_size text_hidden_size adapter_out_dim output_dim output_proj_dims projector_output_dim"),
-    ((32, 32), "projection_dim projector_hidden_size downsample_hidden_size adapter_input_size adapter_in_dim projection_hidden_size"),
+    (
+        (32, 32),
+        "projection_dim projector_hidden_size downsample_hidden_size adapter_input_size adapter_in_dim projection_hidden_size",
+    ),
     ((512, 512), "max_source_positions n_positions n_ctx context_length"),
 )
 SIZES = {name: sizes for sizes, names in _SIZES for name in names.split()}
@@ -110,6 +115,10 @@ def _shrunk(config: PretrainedConfig, is_tower: bool, tokens: dict[str, int]) ->
             settings[name] = SIZES[name][is_tower]
         elif is_tower and name in _TOWER_LAYERS:
             settings[name] = _TOWER_LAYERS[name]
+        elif is_tower and name == "image_size":
+            patch = vars(config).get("patch_size", 14)
+            sides = [PATCHES * side for side in ([patch] if isinstance(patch, int) else patch)]
+            settings[name] = sides[0] if isinstance(value, int) else [*sides, *sides][:2]
     if settings.get("kv_lora_rank"):
         # Latent attention has as many heads of keys as of queries.
         settings["num_key_value_heads"] = settings.get("num_attention_heads", 4)
@@ -118,8 +127,20 @@ def _shrunk(config: PretrainedConfig, is_tower: bool, tokens: dict[str, int]) ->
         if isinstance(part, PretrainedConfig):
             inside = is_tower or any(word in name for word in _TOWERS)
             kind = {"model_type": part.model_type} if part.model_type else {}
-            settings[name] = {**kind, **_shrunk(part, inside, tokens)}
+            settings[name] = {**kind, **_given(part), **_shrunk(part, inside, tokens)}
     return settings
+
+
+def _given(config: PretrainedConfig) -> dict[str, Any]:
+    """The settings of a part that are not those of its class: the whole config gave them."""
+    fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+    plain = (bool, int, float, str)
+    values = {field.name: vars(config).get(field.name) for field in fields if isinstance(field.default, plain)}
+    return {
+        field.name: values[field.name]
+        for field in fields
+        if field.name in values and isinstance(values[field.name], plain) and values[field.name] != field.default
+    }
 
 
 def parts_of(config_class: type[PretrainedConfig]) -> dict[str, Any]:
