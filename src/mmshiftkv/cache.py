@@ -74,7 +74,8 @@ class PrefillSelectionCache(DynamicCache):
         if not self._selected:
             kinds = ", ".join(sorted({type(layer).__name__ for layer in self.layers}))
             raise ValueError(
-                f"model: {type(model).__name__} is not supported: it has no full-attention layer (it has {kinds})"
+                f"model: {type(model).__name__} is not supported: it has no full-attention layer that holds nothing "
+                f"else (its cache layers: {kinds})"
             )
         self._decoder = Decoder(model, self._selected)
         for layer in self._decoder.attention.values():

@@ -109,9 +109,10 @@ class Prefill:
         if tokens == 0:
             raise ValueError("input_ids: the prompt is empty; at least one token is needed")
         self._end = self._end_of_prompt(tokens, call)
-        if call is not None and not call.uses_cache and not self._covers(self._seen + tokens):
+        if call is not None and not call.uses_cache:
             raise ValueError(
-                "use_cache=False: generate would pass the whole text to the cache at every step; leave it out"
+                "use_cache=False, in the call or in the model's generation_config: generate would pass the whole text "
+                "to the cache at every step, with every cache; give use_cache=True"
             )
         self._hooks.attach(cache)
 

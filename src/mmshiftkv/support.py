@@ -90,7 +90,7 @@ def model_support(model: PreTrainedModel) -> ModelSupport:
     compressed = [layer.index for layer in layers if layer.compressed]
     obstacle = next((layer.obstacle for layer in layers if layer.obstacle), None)
     if obstacle is None and not compressed:
-        obstacle = "it has no full-attention layer"
+        obstacle = "it has no full-attention layer that holds nothing else"
     if obstacle is not None:
         return ModelSupport(name, layers, obstacle, None)
     return ModelSupport(name, layers, None, obstacle_to_compiling(Decoder(model, compressed), len(layers)))

@@ -73,6 +73,16 @@ class Problem:
         return {"num_groups": self.groups, "scaling": self.head_dim**-0.5, "valid": self.valid(device)}
 
 
+# What is learned or capped, at few shapes: padding, several parts of the tokens, two tokens.
+WITH_SINKS_OR_CAPPING = [
+    (Problem(2, 7, 1, 16, 2, 40, 70, padding=30, value_dim=24), "both"),
+    (Problem(1, 2, 2, 10, 2, 64, 165, value_dim=128), "both"),
+    (Problem(1, 4, 4, 8, 2, 16, 33), "sinks"),
+    (Problem(1, 4, 4, 8, 2, 16, 33), "softcap"),
+    (Problem(1, 2, 1, 4, 4, 16, 2), "both"),
+]
+
+
 def exact_attention(queries, keys, *, scaling, valid, softcap=None, sinks=None):
     """Attention of queries (B, H, n, D), (B, H_kv, r, n, T) in float64, of what the inputs are in their own dtype."""
     rows = queries.double().unflatten(1, (keys.shape[1], -1))

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import method
-from problems import Problem, exact_attention, relative_error
+from problems import WITH_SINKS_OR_CAPPING, Problem, exact_attention, relative_error
 from shiftkv_kernels import attend, reference, refit_values
 
 # As in test_value_scores.py, and the tokens that are kept: 1, one less than all, some, more than a row has.
@@ -72,11 +72,10 @@ def test_large_inputs_are_what_the_reference_says(problem, count, dtype):
     check(problem, count, torch.device("cuda"), dtype)
 
 
-@pytest.mark.parametrize("kind", ["sinks", "softcap", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("problem", "count"), SMALL[:3], ids=lambda part: getattr(part, "id", f"c{part}"))
-def test_learned_sinks_and_capped_logits(problem, count, dtype, kind, device):
-    check(problem, count, device, dtype, kind)
+@pytest.mark.parametrize(("problem", "kind"), WITH_SINKS_OR_CAPPING, ids=lambda part: getattr(part, "id", part))
+def test_learned_sinks_and_capped_logits(problem, kind, dtype, device):
+    check(problem, problem.tokens // 2 + 1, device, dtype, kind)
 
 
 @pytest.mark.gpu

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import method
-from problems import Problem, exact_attention, relative_error
+from problems import WITH_SINKS_OR_CAPPING, Problem, exact_attention, relative_error
 from shiftkv_kernels import keep_best, reference, value_scores
 
 # (heads, KV heads): MHA, Qwen2.5-VL's 7 to 1, MQA; head dims 40 (no power of 2) to 256; values with a dim of their own;
@@ -92,10 +92,9 @@ def test_large_inputs_are_exact_to_float32_rounding(problem, dtype):
     check(problem, torch.device("cuda"), dtype)
 
 
-@pytest.mark.parametrize("kind", ["sinks", "softcap", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("problem", SMALL[1:4], ids=lambda problem: problem.id)
-def test_learned_sinks_and_capped_logits(problem, dtype, kind, device):
+@pytest.mark.parametrize(("problem", "kind"), WITH_SINKS_OR_CAPPING, ids=lambda part: getattr(part, "id", part))
+def test_learned_sinks_and_capped_logits(problem, kind, dtype, device):
     check(problem, device, dtype, kind)
 
 

@@ -255,7 +255,7 @@ REFUSED = {
     "mllama": "cross_attention_states",
     "bloom": "alibi",
     "gpt_neo": "none of its modules attends to tokens",
-    "zaya": "no full-attention layer .it has LinearAttentionAndFullAttentionLayer",
+    "zaya": "no full-attention layer that holds nothing else .its cache layers: LinearAttentionAndFullAttentionLayer",
 }
 
 

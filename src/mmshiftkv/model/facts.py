@@ -76,7 +76,10 @@ def look_at(module: nn.Module, rotary: Rotary, hidden_size: int, last_position: 
     if getattr(module, "lambda_q1", None) is not None:
         raise ValueError("it has differential attention (lambda_q1)")
     if unknown := unknown_arguments(module):
-        raise ValueError(f"its attention takes {', '.join(unknown)}, which is not understood")
+        names = ", ".join(unknown)
+        if any("cross" in name for name in unknown):
+            raise ValueError(f"it attends to other states than those of the tokens ({names})")
+        raise ValueError(f"its attention takes {names}, which is not understood")
     device = _device_of(module)
     if device.type == "meta":
         return _unseen(module)
