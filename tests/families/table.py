@@ -3,6 +3,7 @@
 python tests/families/table.py
 """
 
+import argparse
 import json
 import re
 import sys
@@ -97,8 +98,12 @@ def _rows(header: tuple[str, ...], rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     """Writes the block."""
+    description, _, usage = (__doc__ or "").partition("\n\n")
+    argparse.ArgumentParser(
+        description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(words)
     inside = block(json.loads(RECORD.read_text(encoding="utf-8")))
     DOCUMENT.write_text(with_block(DOCUMENT.read_text(encoding="utf-8"), inside), encoding="utf-8")
     return 0
