@@ -6,6 +6,7 @@ from .analysis.visual_tokens import TokenGrid, VisualTokenMap, visual_token_map
 from .cache import PrefillSelectionCache
 from .decode.backend import decoding_backend
 from .decode.loop import decode_ahead
+from .joining import join
 from .methods.base import Method
 from .methods.config import ShiftKVConfig
 from .methods.selection import refit_values, select_tokens
@@ -44,6 +45,7 @@ __all__ = [
     "decode_ahead",
     "decoding_backend",
     "draw_heatmap",
+    "join",
     "make_cache",
     "measure_statistics",
     "refit_values",
