@@ -24,12 +24,16 @@ from .registry import (
     register_method,
 )
 from .report import CacheReport
+from .use.conversation import Conversation
+from .use.document import Document
 
 __all__ = [
     "CACHE_ARGUMENT",
     "METHODS",
     "CacheReport",
     "Calibration",
+    "Conversation",
+    "Document",
     "ExpectedAttentionCache",
     "KeyDiffCache",
     "LayerInput",

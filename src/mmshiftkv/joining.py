@@ -16,7 +16,7 @@ def join(caches: Sequence[PrefillSelectionCache], *, max_new_tokens: int | None 
     batch of whole prompts is ever in memory.  Rows of different lengths count as left-padded to the longest one: give
     `generate` ids and an `attention_mask` of (B, length + new) that are padded on the left in the same way, and each
     row's positions go on where its own prompt ended.  Keys keep the rotation of the positions they were stored with.
-    With Qwen-VL models the `rope_deltas` of the rows must be joined too (docs/recipes.md, "Joining prompts").
+    With Qwen-VL models the `rope_deltas` of the rows must be joined too (docs/conversations.md, "Joining prompts").
 
     What was joined counts as the prompt of the new cache.
 

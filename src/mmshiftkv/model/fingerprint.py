@@ -34,7 +34,7 @@ def fingerprint_of(decoder: Decoder) -> dict[str, Any]:
 def check_fingerprint(saved: dict[str, Any], decoder: Decoder, path: Any) -> None:
     """Raises ValueError, which names what differs, unless the model is the one of `saved`."""
     mine = fingerprint_of(decoder)
-    for name in dict.fromkeys([*saved, *mine]):
+    for name in dict.fromkeys([*mine, *saved]):
         if saved.get(name) != mine.get(name):
             what = f"{name} is {saved.get(name)!r} there and {mine.get(name)!r} here"
             raise ValueError(f"{path}: saved with another model: {'its weights differ' if name == 'weights' else what}")
