@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..cache import PrefillSelectionCache
 from ..report import CacheReport
 from .ending import Ending
 from .media import checked_images, checked_question, checked_videos
@@ -81,6 +82,11 @@ class Conversation:
         """
         rows = [list(row) for row in self._rows]
         return rows if self._is_batch else (rows[0] if rows else list(self._system))
+
+    @property
+    def cache(self) -> PrefillSelectionCache:
+        """The cache that holds the conversation, to look at."""
+        return self._transcript.cache
 
     def report(self) -> CacheReport:
         """Tokens and bytes that the cache holds."""

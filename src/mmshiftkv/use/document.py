@@ -90,6 +90,11 @@ class Document:
         check_fits(self._answering, new.ids.shape[1])
         self._held = submit(model, lambda: _prefilled(model, cache, new)).result()
 
+    @property
+    def cache(self) -> PrefillSelectionCache:
+        """The cache that holds the document, to look at."""
+        return self._held.cache
+
     def report(self) -> CacheReport:
         """Tokens and bytes that the document's cache holds."""
         return self._held.cache.report()
