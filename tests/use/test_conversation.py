@@ -5,14 +5,17 @@ import threading
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import models
+from compiling import compiling
 from masked_reference import dropped_entries_masked
 from mmshiftkv import CACHE_ARGUMENT, Conversation
 from tiny_llava import document_image
 
 FAMILIES = ["qwen2_5_vl", "vicuna"]
+CASES = [("qwen2_5_vl", False), ("qwen2_5_vl", True), ("vicuna", True)]
 PAGE, OTHER, SMALL = document_image(224, 168), document_image(140, 280), document_image(112, 112)
 # Three turns, with an image in the last one as well.
 FIRST = [("What is the Total?", [PAGE]), ("And the date?", []), ("What changed?", [SMALL])]
@@ -31,8 +34,7 @@ def ids_of(chat):
     return chat._transcript.ids
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "ahead"), CASES)
 class TestOnOneModel:
     def test_conversations_in_turn_say_what_each_says_alone(self, vision_case, family, ahead):
         case = vision_case(family)
@@ -113,8 +115,7 @@ def test_the_ids_are_those_of_the_messages(vision_case):
         assert whole["input_ids"].equal(prompt)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "ahead"), CASES)
 def test_later_images_are_stored_whole_behind_a_compressed_turn(vision_case, family, ahead):
     """The answer to them is that of a full cache whose dropped entries are masked out."""
     case = vision_case(family)
@@ -146,8 +147,7 @@ def test_later_images_are_stored_whole_behind_a_compressed_turn(vision_case, fam
     assert logits[0, prompt.shape[1] - width - 1 : -1].argmax(-1).equal(answer)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "ahead"), CASES)
 def test_a_batch_says_what_each_says_alone(vision_case, family, ahead):
     case = vision_case(family)
     expected = [say(conversation(case), turns) for turns in (FIRST, SECOND)]
@@ -211,8 +211,7 @@ class Waits(LogitsProcessor):
 
 
 @pytest.mark.parametrize("step", [1, 3])
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "vicuna"])
+@pytest.mark.parametrize(("family", "ahead"), CASES)
 def test_a_turn_that_fails_leaves_the_conversation_as_it_was(vision_case, family, ahead, step):
     case = vision_case(family)
     chat, other = conversation(case, decode_ahead=ahead), conversation(case, decode_ahead=ahead)
@@ -273,12 +272,18 @@ def test_a_video(vision_case):
     assert (ids_of(chat) == case.model.config.video_token_id).sum() > 32
 
 
-def test_a_text_model_with_its_tokenizer(vision_case):
+TEXT_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}[assistant]"
+
+
+def text_case(vision_case, model_type="llama", **changes):
+    """A text model, and a tokenizer with a chat template."""
     tokenizer = copy.deepcopy(vision_case("vicuna").processor.tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}[assistant]"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**{**models.SHAPE, "vocab_size": len(tokenizer)})).eval()
+    tokenizer.chat_template = TEXT_TEMPLATE
+    return models.text_model(model_type, vocab_size=len(tokenizer), **changes), tokenizer
+
+
+def test_a_text_model_with_its_tokenizer(vision_case):
+    model, tokenizer = text_case(vision_case)
     chat = Conversation(model, tokenizer, budget=8, max_new_tokens=4, system="Be kind.")
     assert chat.messages == [{"role": "system", "content": "Be kind."}]
     chat.ask("What is the total?")
@@ -286,16 +291,47 @@ def test_a_text_model_with_its_tokenizer(vision_case):
     assert [message["role"] for message in chat.messages] == ["system", *["user", "assistant"] * 2]
     with pytest.raises(ValueError, match=r"images: .* takes no images"):
         chat.ask("And this?", images=PAGE)
+
+
+def test_templates_that_leave_something_out(vision_case):
+    model, tokenizer = text_case(vision_case)
     tokenizer.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match="leaves a system message out"):
         Conversation(model, tokenizer, budget=8, system="Be kind.")
-    deaf = Conversation(model, tokenizer, budget=8, max_new_tokens=4)
-    deaf.ask("What is the total?")
+    chat = Conversation(model, tokenizer, budget=8, max_new_tokens=4)
+    chat.ask("What is the total?")
     with pytest.raises(ValueError, match="leaves out what the assistant has answered"):
-        deaf.ask("And the date?")
+        chat.ask("And the date?")
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="has no chat template"):
         Conversation(model, tokenizer, budget=8)
+
+
+@pytest.mark.parametrize("model_type", models.HYBRIDS)
+def test_layers_that_are_not_compressed_go_back_too(vision_case, model_type):
+    model, tokenizer = text_case(vision_case, model_type, **models.HYBRIDS[model_type])
+    chats = [Conversation(model, tokenizer, budget=8, max_new_tokens=6) for _ in range(2)]
+    for question in ("What is the total of all that was sold in May?", "And the date?", "Who signed?"):
+        with pytest.raises(RuntimeError, match="enough"):
+            chats[0].ask("Something else?", logits_processor=[Fails(3)])
+        twin = chats[0].fork()
+        assert chats[0].ask(question) == chats[1].ask(question)
+        assert ids_of(chats[0]).equal(ids_of(chats[1]))
+        twin.ask("Something else?")
+
+
+def test_one_compilation_serves_all_turns_and_conversations(vision_case):
+    torch._dynamo.reset()
+    counters.clear()
+    model, tokenizer = text_case(vision_case)
+    settings = {"budget": 8, "max_new_tokens": 30, "decode_ahead": True, "compile_config": compiling()}
+    compiled = [Conversation(model, tokenizer, **settings) for _ in range(2)]
+    plain = [Conversation(model, tokenizer, budget=8) for _ in range(2)]
+    for question in ("What?", "Who is it?"):
+        for mine, theirs in zip(compiled, plain, strict=True):
+            answer = "".join(mine.ask(question, stream=True, max_new_tokens=8))
+            assert answer.strip() == theirs.ask(question, max_new_tokens=8)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_reset_begins_anew(vision_case):

@@ -13,14 +13,14 @@ from tiny_llava import document_image
 PAGES = [document_image(224, 168), document_image(140, 280), document_image(112, 112)]
 QUESTIONS = ["What is the Total?", "Who signed?", "Read line 1 of the second page, please."]
 FAMILIES = ["qwen2_5_vl", "vicuna"]
+CASES = [("qwen2_5_vl", False), ("qwen2_5_vl", True), ("vicuna", True)]
 
 
 def document(case, images=PAGES[0], budget=24, **settings):
     return Document(case.model, case.processor, images, budget=budget, **{"max_new_tokens": 8, **settings})
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "ahead"), CASES)
 def test_questions_in_any_order_and_in_one_batch(vision_case, family, ahead):
     case = vision_case(family)
     expected = [document(case).ask(question) for question in QUESTIONS]
@@ -56,8 +56,7 @@ def test_no_question_has_a_say_in_what_is_kept(vision_case):
     assert kept.equal(cache.kept_indices(0))
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "ahead"), CASES)
 def test_many_documents_answer_as_each_alone(vision_case, family, ahead):
     case = vision_case(family)
     pages = [document(case, images, decode_ahead=ahead) for images in (*PAGES, PAGES[:2])]
@@ -130,6 +129,17 @@ def test_a_video(vision_case):
     film = Document(case.model, case.processor, videos=[PAGES[:1] * 4], budget=24, max_new_tokens=4)
     assert film.report().tokens_stored == 24
     assert film.ask(QUESTIONS) == [film.ask(question) for question in QUESTIONS]
+
+
+def test_a_model_with_layers_that_cannot_be_joined(vision_case):
+    tokenizer = vision_case("vicuna").processor.tokenizer
+    model = models.text_model("gemma3_text", vocab_size=len(tokenizer), **models.HYBRIDS["gemma3_text"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    try:
+        with pytest.raises(ValueError, match=r"layers \[0, 2\] are no full-attention layers"):
+            Document(model, tokenizer, text="Dear all, it is done.", budget=8)
+    finally:
+        tokenizer.chat_template = None
 
 
 class TestRefused:

@@ -46,8 +46,8 @@ class Document:
         options: of `generate`, such as `do_sample` and `temperature`.
 
     Raises:
-        TypeError, ValueError: nothing to read, something that is no image, an unsupported model, the processor of
-            another one, or a bad setting.
+        TypeError, ValueError: nothing to read, something that is no image, an unsupported model or one with layers of
+            other kinds than full attention, the processor of another one, or a bad setting.
     """
 
     def __init__(
@@ -242,6 +242,7 @@ def _prefilled(model: PreTrainedModel, cache: PrefillSelectionCache, new: NewTok
     put_back(model, None)
     inputs = {"input_ids": new.ids, "attention_mask": new.mask, **new.types, **new.media}
     model(**inputs, **{CACHE_ARGUMENT: cache}, use_cache=True)
+    cache.held_layers()  # raises where copies could not be joined
     return Transcript(model, cache, new.ids, new.mask, offsets_of(model))
 
 
