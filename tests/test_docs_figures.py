@@ -69,6 +69,18 @@ def test_the_quality_figures_are_those_on_record():
         assert cells == [percent(task, "decode_attention_recall") for task in recorded[name, budget]]
 
 
+def test_the_figures_of_documents_that_come_first_are_those_on_record():
+    names = ("compare_question_first_40.json", "compare_document_first_40.json")
+    before, after = map(recorded_tasks, names)
+    assert {task["count"] for tasks in after.values() for task in tasks} == {40}
+    assert [record(name)["settings"]["document_first"] for name in names] == [False, True]
+    rows = table("docs/results.md", "| before / after | budget |")
+    assert {tuple(row[:2]) for row in rows} == set(before) == set(after)
+    for name, budget, *cells in rows:
+        pairs = zip(before[name, budget], after[name, budget], strict=True)
+        assert cells == [" / ".join(percent(task, "exact_match") for task in pair) for pair in pairs]
+
+
 def test_the_figures_of_peers_are_those_on_record():
     recorded = recorded_tasks(PEERS)
     assert {task["count"] for tasks in recorded.values() for task in tasks} == {140}

@@ -6,6 +6,7 @@ from .analysis.visual_tokens import TokenGrid, VisualTokenMap, visual_token_map
 from .cache import PrefillSelectionCache
 from .decode.backend import decoding_backend
 from .decode.loop import decode_ahead
+from .joining import join
 from .methods.base import Method
 from .methods.config import ShiftKVConfig
 from .methods.selection import refit_values, select_tokens
@@ -24,12 +25,16 @@ from .registry import (
 )
 from .report import CacheReport
 from .support import ModelSupport, model_support
+from .use.conversation import Conversation
+from .use.document import Document
 
 __all__ = [
     "CACHE_ARGUMENT",
     "METHODS",
     "CacheReport",
     "Calibration",
+    "Conversation",
+    "Document",
     "ExpectedAttentionCache",
     "KeyDiffCache",
     "LayerInput",
@@ -46,6 +51,7 @@ __all__ = [
     "decode_ahead",
     "decoding_backend",
     "draw_heatmap",
+    "join",
     "make_cache",
     "measure_statistics",
     "model_support",

@@ -1,9 +1,11 @@
 """What transformers calls: a DynamicCache that selects from each layer's prompt while it is being prefilled."""
 
 import copy
+import os
 import warnings
+from dataclasses import asdict, replace
 from numbers import Integral
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel
@@ -13,13 +15,16 @@ from .checks import BACKENDS, check_budget, check_choice, check_prefill
 from .finite import FiniteCheck
 from .methods.base import Method, check_method
 from .model.decoder import Decoder, text_decoder
+from .model.fingerprint import check_fingerprint, fingerprint_of
 from .model.generation import GenerateCall, generate_call, is_compiling_prefill
 from .model.hooks import PrefillHooks
 from .model.precision import without_autocast
 from .prefill import Prefill, PromptSettings
 from .report import CacheReport, report_of
+from .saving import SavedCache, read, write
 from .storage.base import Pair, Storage
 from .storage.growing import GrowingLayer, GrowingStorage
+from .storage.held import HeldLayer, held_by
 from .storage.static import StaticStorage, obstacle_to_compiling
 
 
@@ -83,6 +88,7 @@ class PrefillSelectionCache(DynamicCache):
         self._method = method
         self._settings = PromptSettings(budget, prefill, prompt_length, backend)
         self._hooks = PrefillHooks(self._decoder)
+        self._max_new_tokens = max_new_tokens
         self._own_storage = self._make_storage(max_new_tokens)
         self._begin_conversation()
 
@@ -134,6 +140,96 @@ class PrefillSelectionCache(DynamicCache):
         """Tokens seen and stored, bytes stored and saved, by layer and in all; prints as a table."""
         self._warn_of_numbers()
         return report_of(self.layers)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes what the cache holds into a file, safetensors with JSON in its metadata.
+
+        Raises:
+            ValueError: there is no complete prompt, or the model has layers of other kinds than full attention.
+            OSError: the file cannot be written; what was there stays as it was.
+        """
+        write(path, self.saved())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, **changes: Any) -> Self:
+        """A cache that goes on where the saved one was.
+
+        Args:
+            path: a file of `save`, of a cache of this class.
+            model: the model that it was saved with.
+            changes: settings to take in place of the saved ones, such as `max_new_tokens` and `backend`; those of the
+                selection have an effect on later prompts only.  A cache with a method of one's own needs `method`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            TypeError, ValueError: the file is damaged, of a newer version, of another class or of another model; or as
+                the class says.
+        """
+        return cls.of_saved(read(path), path, model, **changes)
+
+    @classmethod
+    def of_saved(cls, saved: SavedCache, path: Any, model: PreTrainedModel, **changes: Any) -> Self:
+        """As `load`, of a file that has been read."""
+        if saved.kind != cls.__name__:
+            raise ValueError(f"{path}: holds a {saved.kind}, not a {cls.__name__}; use {saved.kind}.load")
+        cache = cls(model, **{**saved.settings, **changes})
+        check_fingerprint(saved.fingerprint, cache._decoder, path)
+        keeps_slots = cache._max_new_tokens == saved.settings["max_new_tokens"]
+        cache._go_on_with(
+            {index: held if keeps_slots else replace(held, slots=None) for index, held in saved.layers.items()},
+            saved.prompt_ids,
+        )
+        return cache
+
+    def saved(self) -> SavedCache:
+        """What `save` writes; raises as it does."""
+        return SavedCache(
+            type(self).__name__,
+            self._settings_to_save(),
+            fingerprint_of(self._decoder),
+            self.held_layers(),
+            self._prompt_ids,
+        )
+
+    def _settings_to_save(self) -> dict[str, Any]:
+        """What the constructor takes besides the model, and a method of one's own."""
+        return {**asdict(self._settings), "max_new_tokens": self._max_new_tokens}
+
+    def held_layers(self) -> dict[int, HeldLayer]:
+        """By number, what each layer holds; views of the storage.
+
+        Raises:
+            ValueError: there is no complete prompt, or the model has layers of other kinds than full attention.
+        """
+        if self._prefill is not None:
+            raise ValueError("the cache holds no complete prompt: prefill one, and call end_prompt() behind chunks")
+        if len(self._selected) < len(self.layers):
+            others = [index for index in range(len(self.layers)) if index not in self._selected]
+            raise ValueError(f"layers {others} are no full-attention layers: such caches are neither saved nor joined")
+        return {index: held_by(self.layers[index]) for index in self._selected}
+
+    def is_of_model_of(self, other: "PrefillSelectionCache") -> bool:
+        """Whether both were built for the same model."""
+        return self._decoder.blocks[0] is other._decoder.blocks[0]
+
+    def with_layers(self, held: dict[int, HeldLayer], max_new_tokens: int | None) -> Self:
+        """A new cache with the settings of this one, `max_new_tokens` and copies of other layers."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.layers = self._decoder.fresh_layers()
+        twin._hooks = PrefillHooks(self._decoder)
+        twin._max_new_tokens = max_new_tokens
+        twin._own_storage = twin._make_storage(max_new_tokens)
+        twin._begin_conversation()
+        twin._go_on_with(held, None)
+        return twin
+
+    @torch.no_grad()
+    def _go_on_with(self, held: dict[int, HeldLayer], prompt_ids: torch.Tensor | None) -> None:
+        for index, layer in held.items():
+            device = next(self._decoder.attention[index].module.parameters()).device
+            self.layers[index] = self._storage.restore(index, layer.to(device))
+        self._prefill, self._prompt_ids = None, prompt_ids
 
     @property
     def is_compileable(self) -> bool:

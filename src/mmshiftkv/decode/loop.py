@@ -10,6 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..cache import PrefillSelectionCache
 from ..model.arguments import CACHE_ARGUMENT, CACHE_ARGUMENTS
+from ..model.generation import streamer_of_generate
 from .backend import decoding_backend
 
 
@@ -20,7 +21,7 @@ def decode_ahead(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     synced_gpus: bool = False,
-    token_streamer: BaseStreamer | None = None,
+    streamer: BaseStreamer | None = None,
     **model_kwargs: Any,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """Greedy decoding or sampling: `model.generate(..., custom_generate=decode_ahead)`.
@@ -38,8 +39,8 @@ def decode_ahead(
         stopping_criteria: say which rows have ended.
         generation_config: as prepared by `generate`.
         synced_gpus: must be False.
-        token_streamer: gets the prompt and each token, one step late: `generate(..., token_streamer=streamer)`, since
-            `generate` hands no `streamer` to a loop that is not its own.
+        streamer: gets each token, one step late.  `generate` has given it the prompt, and does not hand it over to a
+            loop that is not its own: it is found in its frame.
         model_kwargs: inputs of the model, among them the cache.
 
     Returns:
@@ -56,8 +57,7 @@ def decode_ahead(
         if model._valid_auto_compile_criteria(model_kwargs, generation_config)
         else model.__call__
     )
-    if token_streamer is not None:
-        token_streamer.put(input_ids.cpu())
+    streamer = streamer or streamer_of_generate()
     loop = _Loop(input_ids, logits_processor, stopping_criteria, generation_config)
     outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
     loop.take(outputs.logits)
@@ -68,10 +68,10 @@ def decode_ahead(
         with model._optimize_model_for_decode():
             for inputs in step.inputs(loop):
                 loop.take(forward(**inputs, return_dict=True).logits)
-                if loop.had_ended(token_streamer):
+                if loop.had_ended(streamer):
                     loop.take_back(cache)
                     break
-    loop.finish(token_streamer)
+    loop.finish(streamer)
     return loop.result(cache)
 
 

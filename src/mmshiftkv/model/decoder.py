@@ -50,6 +50,11 @@ class Decoder:
         raise TypeError("a selecting cache holds on to its model and cannot be pickled; copy.deepcopy copies it")
 
     @property
+    def text_config(self) -> Any:
+        """The config of the text model."""
+        return self._text_config
+
+    @property
     def attention_implementation(self) -> str:
         """The name of the function that computes attention, such as "sdpa"."""
         return self._text_config._attn_implementation

@@ -6,11 +6,15 @@ Shapes of keys and values say D for the head dim of each: that of the values may
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
 from shiftkv_kernels import gather
+
+if TYPE_CHECKING:
+    from .held import HeldLayer
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -214,6 +218,10 @@ class Storage(ABC):
         Returns:
             The layer that takes the place of `layer`.
         """
+
+    @abstractmethod
+    def restore(self, index: int, held: "HeldLayer") -> SelectedLayer:
+        """A new layer with a copy of what another one held; layers come in order."""
 
     @abstractmethod
     def reserve(self, tokens: int) -> None:

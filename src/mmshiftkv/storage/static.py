@@ -12,6 +12,7 @@ import torch
 from ..model.decoder import Decoder
 from .base import Pair, SelectedLayer, Selection, Storage
 from .buffers import Buffers
+from .held import HeldLayer
 
 # These are given a mask that hides what has not been written yet.  transformers gives flash attention none, and cannot
 # compile flex attention with any cache.
@@ -211,6 +212,20 @@ class StaticStorage(Storage):
         held = StaticLayer(index, self, out, kept, stored=stored, dropped=selection.seen - stored)
         self._layers.append(held)
         return held
+
+    def restore(self, index: int, held: HeldLayer) -> StaticLayer:
+        """As in `Storage`: with the slots that the other layer had, if it had any."""
+        states = held.keys, held.values
+        out = self.buffers.of_layer(index, *states, held.slots or held.stored + self._new_tokens)
+        for part, state in zip(out, states, strict=True):
+            part[:, :, : held.stored] = state
+            part[:, :, held.stored :] = 0
+        if index == self._indices[0]:
+            self.buffers.start(held.stored, held.seen, held.keys.device)
+        layer = StaticLayer(index, self, out, held.kept, stored=held.stored, dropped=held.seen - held.stored)
+        layer.prompt_stored = held.prompt_stored
+        self._layers.append(layer)
+        return layer
 
     def _slots_of_prompt(self, tokens: int) -> int:
         """Slots for a prompt that is kept whole: as many as for a longer one, so that one compilation serves both."""
