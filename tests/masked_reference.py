@@ -27,21 +27,16 @@ def dropped_entries_masked(
         valid: (B, T) bool, False for padding of the prompt.
         later: (B, L) bool, False for padding in the columns after the prompt; None: there is none.
     """
-    handles = []
-    for module in _attention_modules(model):
-        source = _source_of_keys(module, kept)
-        if source is None:
-            continue
-        chosen = kept[source]
-        assert chosen is not None
-        seen = chosen.new_zeros(*chosen.shape[:2], valid.shape[1], dtype=torch.bool).scatter_(-1, chosen, True)
-        mask = _Mask(_by_query_head(module, seen & valid[:, None]), source, later)
-        handles.append(module.register_forward_pre_hook(mask, with_kwargs=True))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in _attention_modules(model):
+            source = _source_of_keys(module, kept)
+            chosen = None if source is None else kept.get(source)
+            if source is None or chosen is None:
+                continue
+            seen = chosen.new_zeros(*chosen.shape[:2], valid.shape[1], dtype=torch.bool).scatter_(-1, chosen, True)
+            mask = _Mask(_by_query_head(module, seen & valid[:, None]), source, later)
+            hooks.callback(module.register_forward_pre_hook(mask, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Mask:
@@ -87,12 +82,11 @@ def _takes_cache_and_mask(module: nn.Module) -> bool:
 
 def _source_of_keys(module: Any, kept: Mapping[int, torch.Tensor | None]) -> int | None:
     """The layer whose stored keys a module attends to, if these were selected from."""
-    index = module.layer_idx
-    if not getattr(module, "is_kv_shared_layer", False):
-        return index if kept.get(index) is not None else None
-    kinds = module.config.layer_types
-    own = [each for each, mode in enumerate(module.config.kv_sharing_modes) if mode != "reuse"]
-    source = max(each for each in own if kinds[each] == kinds[index])
+    index, source = module.layer_idx, module.layer_idx
+    if getattr(module, "is_kv_shared_layer", False):
+        kinds = module.config.layer_types
+        own = range(module.config.num_hidden_layers - module.config.num_kv_shared_layers)
+        source = max(each for each in own if kinds[each] == kinds[index])
     return source if kept.get(source) is not None else None
 
 

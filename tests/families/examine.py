@@ -70,11 +70,11 @@ def _examined(family: Family, model: PreTrainedModel, record: Record) -> Record:
 def _with_images(family: Family, model: PreTrainedModel) -> Record:
     try:
         prompts, made_by = image_prompts(family, model.config)
+        return {"made by": made_by, **Checks(model, prompts).run(CHECKS)}
     except NoImages as reason:
         return {"all": f"not checked: {reason}"}
     except Exception as error:
         return {"all": told(error)}
-    return {"made by": made_by, **Checks(model, prompts).run(CHECKS)}
 
 
 def _check_is_counted(family: Family) -> None:

@@ -127,6 +127,14 @@ EXCEPTIONS: dict[str, Settings] = {
     "inkling_mm_model": {"vision_config": {"num_hidden_layers": 4}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "llama4": {
+        "vision_config": {
+            "intermediate_size": 128,
+            "projector_input_dim": 64,
+            "projector_output_dim": 64,
+            "vision_output_dim": 64,
+        }
+    },
     "llava_next": {"image_grid_pinpoints": PINPOINTS},
     "llava_onevision": {"image_grid_pinpoints": PINPOINTS},
     "longcat_flash": {"head_dim": 8, "num_layers": 2},

@@ -46,7 +46,11 @@ def image_prompts(family: Family, config: PretrainedConfig) -> tuple[Prompts, st
         nested = [[image] for image in images[rows]]
         inputs = dict(processor(text=list(texts[rows]), images=nested, padding=True, return_tensors="pt"))
         inputs.pop("labels", None)
-        return inputs
+        # Some processors make bfloat16, which is not what these models compute in.
+        return {
+            name: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+            for name, value in inputs.items()
+        }
 
     return Prompts(made(slice(0, 1)), made(slice(1, 2)), made(slice(0, 2))), recipe.processor
 
