@@ -11,7 +11,7 @@ import torch
 
 from ..model.decoder import Decoder
 from .base import Pair, SelectedLayer, Selection, Storage
-from .buffers import Buffers
+from .buffers import Buffers, Lengths
 
 # These are given a mask that hides what has not been written yet.  transformers gives flash attention none, and cannot
 # compile flex attention with any cache.
@@ -44,7 +44,7 @@ class StaticLayer(SelectedLayer):
         self._index = index
         # Weak: without a cycle the buffers are free as soon as the cache is.
         self._weak_storage = weakref.ref(storage)
-        self._buffers = storage.buffers
+        self._lengths = storage.lengths
         self._is_first, self._is_last = storage.place_of(index)
         self._kept = kept
         self._dropped = dropped
@@ -56,9 +56,9 @@ class StaticLayer(SelectedLayer):
         copied = copy.copy(self)
         memo[id(self)] = copied
         copied._weak_storage = weakref.ref(copy.deepcopy(self._storage, memo))
-        copied._buffers = copy.deepcopy(self._buffers, memo)
+        copied._lengths = copy.deepcopy(self._lengths, memo)
         copied._kept = copy.deepcopy(self._kept, memo)
-        copied._use(copied._buffers.of_layer(self._index, *self.allocated, self.slots))
+        copied._use(copied._lengths.buffers.of_layer(self._index, *self.allocated, self.slots))
         return copied
 
     @property
@@ -86,17 +86,17 @@ class StaticLayer(SelectedLayer):
     @property
     def filled(self) -> torch.Tensor:
         """Tokens held, 0-d int64: the slot that the next one is written to."""
-        return self._buffers.filled
+        return self._lengths.filled
 
     @property
     def stored(self) -> int:
         """Tokens held; waits for the device."""
-        return int(self._buffers.filled)
+        return int(self._lengths.filled)
 
     @property
     def seen(self) -> int:
         """Tokens seen; waits for the device."""
-        return int(self._buffers.seen)
+        return int(self._lengths.seen)
 
     @property
     def dropped(self) -> int:
@@ -116,16 +116,16 @@ class StaticLayer(SelectedLayer):
         keys, values = self.keys, self.values
         assert keys is not None
         assert values is not None
-        places = self._buffers.filled + torch.arange(tokens, device=key_states.device)
+        places = self._lengths.filled + torch.arange(tokens, device=key_states.device)
         keys.index_copy_(2, places, key_states.detach())
         values.index_copy_(2, places, value_states.detach())
         if self._is_last:
-            self._buffers.advance(tokens)
+            self._lengths.advance(tokens)
         return keys, values
 
     def get_seq_length(self) -> Any:
         """Tokens seen, the position of the next one: a 0-d tensor, as in transformers' `StaticLayer`."""
-        return self._buffers.seen
+        return self._lengths.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns that attention will see, and how many seen tokens lie before them."""
@@ -134,7 +134,7 @@ class StaticLayer(SelectedLayer):
     def enlarge(self, slots: int) -> None:
         """Moves to buffers of more slots."""
         old, filled = self.allocated, self.stored
-        new = self._buffers.of_layer(self._index, *old, slots)
+        new = self._lengths.buffers.of_layer(self._index, *old, slots)
         for mine, theirs in zip(old, new, strict=True):
             theirs[:, :, :filled] = mine[:, :, :filled]
             theirs[:, :, filled:] = 0
@@ -142,14 +142,10 @@ class StaticLayer(SelectedLayer):
 
     def _remove(self, count: int) -> None:
         if self._is_last:
-            self._buffers.take_back(count)
+            self._lengths.take_back(count)
 
     def _hold_rows(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        # The same number of rows finds the same buffers again, and graphs that were recorded with them stay good.
-        new = self._buffers.of_layer(self._index, keys, values, self.slots)
-        for mine, theirs in zip((keys, values), new, strict=True):
-            theirs.copy_(mine)
-        self._use(new)
+        self._use(self._lengths.buffers.holding_layer(self._index, keys, values))
 
 
 class StaticStorage(Storage):
@@ -179,6 +175,11 @@ class StaticStorage(Storage):
         """Keys and values of all layers.  They stay when the cache is reset, and serve the model's next cache later."""
         return Buffers(self._decoder.blocks[0])
 
+    @cached_property
+    def lengths(self) -> Lengths:
+        """Of the selected layers."""
+        return Lengths(self.buffers, "selected")
+
     def check(self) -> None:
         """Raises ValueError if the model has been given an attention that reads slots which are not written yet."""
         attention = self._decoder.attention_implementation
@@ -207,7 +208,7 @@ class StaticStorage(Storage):
         if selection.refitted is not None:
             out[1][:, :, :stored] = selection.refitted
         if index == self._indices[0]:
-            self.buffers.start(stored, selection.seen, keys.device)
+            self.lengths.start(stored, selection.seen, keys.device)
         held = StaticLayer(index, self, out, kept, stored=stored, dropped=selection.seen - stored)
         self._layers.append(held)
         return held
@@ -233,16 +234,16 @@ class StaticStorage(Storage):
         """
         if not self.has_room_for(tokens):
             # Twice as much at least, so that a conversation of many turns is not compiled again in each.
-            self._enlarge(max(self.buffers.taken + tokens + self._new_tokens, 2 * self._layers[0].slots))
-        self.buffers.taken += tokens
+            self._enlarge(max(self.lengths.taken + tokens + self._new_tokens, 2 * self._layers[0].slots))
+        self.lengths.taken += tokens
         self._is_reserved = True
 
     def has_room_for(self, tokens: int) -> bool:
         """Whether so many tokens fit; asks the device only if they seem not to."""
         slots = self._layers[0].slots
-        if self.buffers.taken + tokens > slots:
-            self.buffers.taken = self._layers[0].stored
-        return self.buffers.taken + tokens <= slots
+        if self.lengths.taken + tokens > slots:
+            self.lengths.taken = self._layers[0].stored
+        return self.lengths.taken + tokens <= slots
 
     def claim(self, tokens: int) -> None:
         """The pass that slots were reserved for has begun; reserves them if no mask was asked for before it."""
