@@ -3,19 +3,26 @@
 import copy
 import logging
 import weakref
+from collections.abc import Sequence
 from functools import cached_property
 from numbers import Integral
 from typing import Any
 
 import torch
+from transformers import cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from ..model.decoder import Decoder
 from .base import Pair, SelectedLayer, Selection, Storage
 from .buffers import Buffers, Lengths
+from .states import StateLayer
+from .windows import WindowGroup
 
 # These are given a mask that hides what has not been written yet.  transformers gives flash attention none, and cannot
 # compile flex attention with any cache.
 _MASKED_ATTENTION = ("sdpa", "eager")
+# Exactly these classes: others hold tokens by rules of their own.  The last one holds nothing; 5.17 does without it.
+_FIXED = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, getattr(cache_utils, "DummyLayer", None))
 _SLOTS_OF_SHORT_PROMPTS = 4096
 _logger = logging.getLogger(__name__)
 
@@ -168,6 +175,7 @@ class StaticStorage(Storage):
         self._new_tokens = max_new_tokens
         self._backend = backend
         self._layers: list[StaticLayer] = []
+        self._windows: dict[int, WindowGroup] = {}
         self._is_reserved = False
 
     @cached_property
@@ -192,6 +200,15 @@ class StaticStorage(Storage):
     def place_of(self, index: int) -> tuple[bool, bool]:
         """Whether a layer is the first of the selected ones, and whether it is the last."""
         return index == self._indices[0], index == self._indices[-1]
+
+    def take_in(self, index: int, layer: Any) -> Any:
+        """As in `Storage`: a layer in the buffers of this cache."""
+        if type(layer) is DynamicSlidingWindowLayer:
+            window = layer.sliding_window
+            return self._windows.setdefault(window, WindowGroup(window, self._new_tokens)).add(index)
+        if type(layer) is LinearAttentionLayer:
+            return StateLayer(index, layer.number_of_states, self)
+        return layer
 
     @torch.compiler.disable
     def store(self, index: int, layer: SelectedLayer, selection: Selection) -> StaticLayer:
@@ -223,6 +240,7 @@ class StaticStorage(Storage):
     def release(self) -> None:
         """Ends the conversation; the buffers wait for the next one."""
         self._layers = []
+        self._windows = {}
         self._is_reserved = False
 
     def reserve(self, tokens: int) -> None:
@@ -232,6 +250,11 @@ class StaticStorage(Storage):
         They may be asked for more than once, so more slots than needed may be reserved; when they seem to run out, the
         device is asked how many are filled.
         """
+        for group in self._windows.values():
+            group.reserve(tokens, self.buffers)
+        self._reserve_selected(tokens)
+
+    def _reserve_selected(self, tokens: int) -> None:
         if not self.has_room_for(tokens):
             # Twice as much at least, so that a conversation of many turns is not compiled again in each.
             self._enlarge(max(self.lengths.taken + tokens + self._new_tokens, 2 * self._layers[0].slots))
@@ -248,7 +271,7 @@ class StaticStorage(Storage):
     def claim(self, tokens: int) -> None:
         """The pass that slots were reserved for has begun; reserves them if no mask was asked for before it."""
         if not self._is_reserved:
-            self.reserve(tokens)
+            self._reserve_selected(tokens)
         self._is_reserved = False
 
     def _enlarge(self, slots: int) -> None:
@@ -261,18 +284,20 @@ class StaticStorage(Storage):
             layer.enlarge(slots)
 
 
-def obstacle_to_compiling(decoder: Decoder, layers: int) -> str | None:
+def obstacle_to_compiling(decoder: Decoder, layers: Sequence[Any]) -> str | None:
     """Why storage has to grow, and decoding to be eager; None where it can be static and decoding compiled.
 
     Args:
         decoder: of the model that decodes.
-        layers: how many layers the cache has.
+        layers: those of a `DynamicCache` for that model.
     """
     attention = decoder.attention_implementation
     if attention not in _MASKED_ATTENTION:
         return f"attn_implementation={attention!r} would read slots that are not written yet"
-    if len(decoder.attention) < layers:
-        return f"{layers - len(decoder.attention)} of {layers} layers are not full-attention layers"
+    others = [type(layer).__name__ for layer in layers if type(layer) not in _FIXED]
+    if others:
+        kinds = ", ".join(sorted(set(others)))
+        return f"{len(others)} of {len(layers)} layers ({kinds}) have no storage of a fixed size"
     if not decoder.is_on_one_device:
         return "the weights are offloaded, or on several devices"
     return None
