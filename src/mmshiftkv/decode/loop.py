@@ -193,7 +193,7 @@ class _Step:
     def __init__(self, inputs: dict[str, Any], cache: PrefillSelectionCache) -> None:
         self._inputs = inputs
         self._cache = cache
-        self._masks = StepMasks(inputs["attention_mask"], cache)
+        self._masks = StepMasks(inputs.get("attention_mask"), cache)
 
     def inputs(self, loop: _Loop) -> Iterator[dict[str, Any]]:
         """The inputs of one step after another, until the sequences are full."""
@@ -204,7 +204,7 @@ class _Step:
                 return
             self._cache.begin_pass(1)
             self._inputs["input_ids"].copy_(loop.tokens)
-            if "position_ids" in self._inputs:
+            if self._inputs.get("position_ids") is not None:
                 self._inputs["position_ids"].add_(1)
             self._inputs["attention_mask"] = self._masks.next()
             yield self._inputs

@@ -16,18 +16,15 @@ class StepMasks:
     """The attention masks of one step after another.
 
     Args:
-        first: those of the first step, as `generate` makes them: one (B, 1, 1, slots), or several by kind of layer.
-            None, where a kind of layer has none, stays None.
+        first: those of the first step, as `generate` makes them: one (B, 1, 1, slots), or several by kind of layer;
+            None for a kind of layer that needs none.  Where the model makes them itself: None, or (B, columns seen).
         cache: the cache that is decoded on.
     """
 
     def __init__(self, first: Any, cache: PrefillSelectionCache) -> None:
         self._is_one = not isinstance(first, dict)
         masks = {"": first} if self._is_one else first
-        self._masks = {
-            kind: None if mask is None else _StepMask(mask, _layer_of(kind, cache), kind)
-            for kind, mask in masks.items()
-        }
+        self._masks = {kind: _step_mask(kind, mask, cache) for kind, mask in masks.items()}
 
     def next(self) -> Any:
         """Those of the next step, for which slots have been reserved."""
@@ -35,10 +32,26 @@ class StepMasks:
         return masks[""] if self._is_one else masks
 
 
-def _layer_of(kind: str, cache: PrefillSelectionCache) -> Any:
-    """A layer of that kind, as good as any other: they all hold the same columns."""
+def _step_mask(kind: str, mask: torch.Tensor | None, cache: PrefillSelectionCache) -> Any:
+    if mask is None:
+        return None
+    if mask.ndim == 2:
+        return _PaddingMask(mask)
     wanted = WindowLayer if kind in _OF_WINDOWS else SelectedLayer
-    return next(layer for layer in cache.layers if isinstance(layer, wanted))
+    # All layers of a kind hold the same columns.
+    return _StepMask(mask, next(layer for layer in cache.layers if isinstance(layer, wanted)), kind)
+
+
+class _PaddingMask:
+    """A mask (B, columns) with 1 or True for all that is no padding."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        self._mask = mask
+
+    def next(self) -> torch.Tensor:
+        """One column more."""
+        self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
+        return self._mask
 
 
 class _StepMask:
