@@ -8,8 +8,7 @@ from ..cache import PrefillSelectionCache
 from ..storage.base import SelectedLayer
 from ..storage.windows import WindowLayer
 
-_CHUNKED = "chunked_attention"
-_OF_WINDOWS = ("sliding_attention", _CHUNKED)
+_OF_WINDOWS = "sliding_attention"
 
 
 class StepMasks:
@@ -37,9 +36,9 @@ def _step_mask(kind: str, mask: torch.Tensor | None, cache: PrefillSelectionCach
         return None
     if mask.ndim == 2:
         return _PaddingMask(mask)
-    wanted = WindowLayer if kind in _OF_WINDOWS else SelectedLayer
+    wanted = WindowLayer if kind == _OF_WINDOWS else SelectedLayer
     # All layers of a kind hold the same columns.
-    return _StepMask(mask, next(layer for layer in cache.layers if isinstance(layer, wanted)), kind)
+    return _StepMask(mask, next(layer for layer in cache.layers if isinstance(layer, wanted)))
 
 
 class _PaddingMask:
@@ -57,11 +56,10 @@ class _PaddingMask:
 class _StepMask:
     """A mask (B, 1, 1, slots) of True or False, or of what is added to the logits."""
 
-    def __init__(self, mask: torch.Tensor, layer: Any, kind: str) -> None:
+    def __init__(self, mask: torch.Tensor, layer: Any) -> None:
         self._mask = mask
         self._layer = layer
-        self._window = layer.sliding_window if kind in _OF_WINDOWS else None
-        self._is_chunked = kind == _CHUNKED
+        self._window = layer.sliding_window if isinstance(layer, WindowLayer) else None
         self._dropped = layer.dropped
         is_bool = mask.dtype == torch.bool
         self._shown = True if is_bool else 0.0
@@ -72,7 +70,8 @@ class _StepMask:
         self._follow_storage()
         filled = self._layer.filled.view(1)
         if self._window is not None:
-            self._mask.masked_fill_(self._gone(filled, self._window), self._hidden)
+            gone = torch.arange(self._layer.slots, device=filled.device) <= filled - self._window
+            self._mask.masked_fill_(gone, self._hidden)
         return self._mask.index_fill_(-1, filled, self._shown)
 
     def _follow_storage(self) -> None:
@@ -82,10 +81,3 @@ class _StepMask:
         if moved or more:
             self._mask = torch.nn.functional.pad(self._mask[..., moved:], (0, moved + more), value=self._hidden)
             self._dropped += moved
-
-    def _gone(self, filled: torch.Tensor, window: int) -> torch.Tensor:
-        """Which slots the next token does not attend to any more."""
-        if self._is_chunked:
-            # A chunk is full when all of it is shown: rows that are padded begin theirs later.
-            return (self._mask == self._shown).sum(dim=-1, keepdim=True) >= window
-        return torch.arange(self._layer.slots, device=filled.device) <= filled - window

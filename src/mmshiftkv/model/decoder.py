@@ -55,6 +55,11 @@ class Decoder:
         return self._text_config._attn_implementation
 
     @property
+    def has_chunks(self) -> bool:
+        """Whether layers attend to chunks of tokens."""
+        return getattr(self._text_config, "attention_chunk_size", None) is not None
+
+    @property
     def is_on_one_device(self) -> bool:
         """Whether all weights of the attention layers, and of blocks without one, lie on one device, none offloaded."""
         layers = self.attention

@@ -298,6 +298,8 @@ def obstacle_to_compiling(decoder: Decoder, layers: Sequence[Any]) -> str | None
     if others:
         kinds = ", ".join(sorted(set(others)))
         return f"{len(others)} of {len(layers)} layers ({kinds}) have no storage of a fixed size"
+    if decoder.has_chunks:
+        return "transformers compiles no decoding with chunked attention"
     if not decoder.is_on_one_device:
         return "the weights are offloaded, or on several devices"
     return None

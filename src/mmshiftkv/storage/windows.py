@@ -1,4 +1,4 @@
-"""Layers that attend to a window of the last tokens, or to a chunk, in storage of a fixed size.
+"""Layers that attend to a window of the last tokens, in storage of a fixed size.
 
 A prompt and later turns come in as in transformers' dynamic layer.  Single tokens are then written one behind another
 into slots, as in the selected layers, and the mask hides what has left the window.  When the slots are full, between
