@@ -156,7 +156,9 @@ class StaticLayer(SelectedLayer):
 
 
 class StaticStorage(Storage):
-    """Slots for the budget and for `max_new_tokens` in every layer, allocated once.
+    """Slots for the budget and for `max_new_tokens` in every selected layer, allocated once.
+
+    Layers with a window, and states of linear attention, have their own sizes; they are in the same buffers.
 
     Args:
         decoder: of the model that decodes.
