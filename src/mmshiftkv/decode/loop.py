@@ -1,6 +1,6 @@
 """A decoding loop for `generate` that leaves the device nothing to wait for."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -67,19 +67,29 @@ def decode_ahead(
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
     del outputs
     if not loop.is_full:
-        # A token cannot be taken out of a state of all tokens again.
-        can_undo = not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
         step = _Step(model.prepare_inputs_for_generation(loop.ids, next_sequence_length=1, **model_kwargs), cache)
         with model._optimize_model_for_decode():
-            for inputs in step.inputs(loop):
-                if not can_undo and loop.has_ended():
-                    break
-                loop.take(forward(**inputs, return_dict=True).logits)
-                if loop.had_ended(token_streamer):
-                    loop.take_back(cache)
-                    break
+            _run_steps(forward, step, loop, cache, token_streamer)
     loop.finish(token_streamer)
     return loop.result(cache)
+
+
+def _run_steps(
+    forward: Callable[..., Any],
+    step: "_Step",
+    loop: "_Loop",
+    cache: PrefillSelectionCache,
+    token_streamer: BaseStreamer | None,
+) -> None:
+    # A token cannot be taken out of a state of all tokens again.
+    can_undo = not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+    for inputs in step.inputs(loop):
+        if not can_undo and loop.has_ended():
+            return
+        loop.take(forward(**inputs, return_dict=True).logits)
+        if loop.had_ended(token_streamer):
+            loop.take_back(cache)
+            return
 
 
 def _checked_cache(
