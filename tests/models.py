@@ -94,7 +94,15 @@ SINKS_OR_CAPPING = {
     },
 }
 
-# Decoders some of whose layers are not full attention, by model type.
+_DELTA = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+
+# Decoders some of whose layers are not full attention, by model type: sliding windows, chunks, shared keys and values,
+# convolutions and linear attention.
 HYBRIDS = {
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 16},
     "qwen2": {
@@ -102,7 +110,42 @@ HYBRIDS = {
         "sliding_window": 16,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
     },
+    "gpt_oss": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "attention": "eager",  # sdpa has no sinks
+    },
+    "cohere2": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 16},
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "sliding_window": 16,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 128,
+    },
+    "llama4_text": {
+        "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+        "no_rope_layers": [1, 0, 1],
+        "attention_chunk_size": 16,
+        "intermediate_size_mlp": 96,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
+    },
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention", "linear_attention"], **_DELTA},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        **_DELTA,
+    },
 }
 
 

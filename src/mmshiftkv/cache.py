@@ -25,6 +25,7 @@ from .saving import SavedCache, read, write
 from .storage.base import Pair, Storage
 from .storage.growing import GrowingLayer, GrowingStorage
 from .storage.held import HeldLayer, held_by
+from .storage.others import check_crop
 from .storage.static import StaticStorage, obstacle_to_compiling
 
 
@@ -33,7 +34,7 @@ class PrefillSelectionCache(DynamicCache):
 
     The prompt itself is attended to in full; only what is stored is less.  Later tokens, those of later chat turns
     included, are all stored.  Positions go on as if nothing had been dropped.  Layers of other kinds (sliding window,
-    linear attention, shared) are what `DynamicCache(config=...)` makes them.
+    linear attention, shared) hold what those of `DynamicCache(config=...)` do.
 
     One cache serves one conversation at a time: call `reset()` before another prompt.  Gradients do not flow through
     what is stored.
@@ -95,7 +96,7 @@ class PrefillSelectionCache(DynamicCache):
     def _make_storage(self, max_new_tokens: int | None) -> Storage:
         settings = self._settings
         if max_new_tokens is not None:
-            obstacle = obstacle_to_compiling(self._decoder, len(self.layers))
+            obstacle = obstacle_to_compiling(self._decoder, self._decoder.fresh_layers())
             if obstacle is None:
                 return StaticStorage(self._decoder, settings.budget, max_new_tokens, settings.backend)
             warnings.warn(
@@ -105,9 +106,12 @@ class PrefillSelectionCache(DynamicCache):
         return GrowingStorage(settings.backend)
 
     def _begin_conversation(self) -> None:
-        for index in self._selected:
-            self.layers[index] = GrowingLayer()
         self._storage = self._own_storage
+        # transformers before 5.18 resets sliding layers by zeros, which the next prompt would attend to: all are new.
+        self.layers[:] = [
+            GrowingLayer() if index in self._selected else self._storage.take_in(index, layer)
+            for index, layer in enumerate(self._decoder.fresh_layers())
+        ]
         # None as soon as the prompt has been selected from: then every token is stored.
         self._prefill: Prefill | None = Prefill(self._settings, self._decoder, self._hooks, self._method, self._storage)
         self._prompt_ids: torch.Tensor | None = None
@@ -234,7 +238,8 @@ class PrefillSelectionCache(DynamicCache):
     @property
     def is_compileable(self) -> bool:
         """Whether `generate` may compile decoding: `max_new_tokens` was given, and nothing is in the way."""
-        return self._storage.is_compileable and not is_compiling_prefill()
+        is_recording = any(getattr(layer, "record_past", False) for layer in self.layers)
+        return self._storage.is_compileable and not is_recording and not is_compiling_prefill()
 
     def has_room_for(self, tokens: int) -> bool:
         """Whether so many more tokens fit into what `max_new_tokens` reserved; True where storage grows."""
@@ -314,7 +319,8 @@ class PrefillSelectionCache(DynamicCache):
         """Removes the last tokens; `tokens_to_remove` is their number, negative.
 
         Raises:
-            ValueError: it is positive, or reaches into a compressed prompt; nothing is changed then.
+            ValueError: it is positive, reaches into a compressed prompt, or a layer that is not compressed cannot take
+                tokens back; nothing is changed then.
         """
         tokens_to_remove = int(tokens_to_remove)  # assisted decoding may pass a tensor
         for index in self._selected:
@@ -327,7 +333,12 @@ class PrefillSelectionCache(DynamicCache):
         if tokens_to_remove and self.layers[self._selected[0]].stored == -tokens_to_remove:
             self.reset()
             return
-        super().crop(tokens_to_remove)
+        for layer in self.layers:
+            check_crop(layer, tokens_to_remove)
+        for layer in self.layers:
+            # While the past is recorded, transformers' layers drop what they do not need any more even if it is none.
+            if tokens_to_remove or getattr(layer, "record_past", False):
+                layer.crop(tokens_to_remove)
         if self._prompt_ids is not None:
             self._prompt_ids = self._prompt_ids[:, : self.layers[self._selected[0]].prompt_columns]
 
@@ -342,26 +353,36 @@ class PrefillSelectionCache(DynamicCache):
         """Empties the cache for another prompt."""
         self._hooks.detach()
         self._own_storage.release()
-        # transformers before 5.18 fills sliding layers with zeros, which the next prompt would attend to.
-        self.layers[:] = self._decoder.fresh_layers()
         self._begin_conversation()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Takes the batch rows `beam_idx`, in that order."""
-        self._before_rows_change()
+        self._before_rows_change("reorder_cache")
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each batch row `repeats` times."""
-        self._before_rows_change()
+        """Repeats each batch row `repeats` times.
+
+        Raises:
+            ValueError: as `batch_select_indices`.
+        """
+        self._before_rows_change("batch_repeat_interleave")
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Takes the batch rows `indices`: numbers or a boolean mask."""
-        self._before_rows_change()
+        """Takes the batch rows `indices`: numbers or a boolean mask.
+
+        Raises:
+            ValueError: storage grows, and the model has layers of linear attention, which cannot do that in
+                transformers; nothing is changed then.
+        """
+        self._before_rows_change("batch_select_indices")
         super().batch_select_indices(indices)
 
-    def _before_rows_change(self) -> None:
+    def _before_rows_change(self, name: str) -> None:
+        lacking = sorted({type(layer).__name__ for layer in self.layers if not hasattr(layer, name)})
+        if lacking:
+            raise ValueError(f"{name}: layers of the kind {', '.join(lacking)} have no such method in transformers")
         self.end_prompt()
         self._prompt_ids = None
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .storage.base import SelectedLayer
+from .storage.windows import WindowLayer
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,12 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
         seen, stored, token = layer.seen, layer.stored, layer.bytes_per_token
         allocated = layer.allocated_bytes
         return LayerReport(index, True, seen, stored, allocated, token * seen, allocated - token * stored)
+    if isinstance(layer, WindowLayer) and layer.is_initialized:
+        stored, allocated = layer.stored, layer.allocated_bytes
+        token = allocated // layer.slots
+        return LayerReport(
+            index, False, layer.seen, stored, allocated, token * layer.needed, allocated - token * stored
+        )
     held = sum(part.nbytes for part in _tensors(vars(layer).values()))
     keys = getattr(layer, "keys", None)
     if keys is None:

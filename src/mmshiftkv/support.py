@@ -93,7 +93,7 @@ def model_support(model: PreTrainedModel) -> ModelSupport:
         obstacle = "it has no full-attention layer that holds nothing else"
     if obstacle is not None:
         return ModelSupport(name, layers, obstacle, None)
-    return ModelSupport(name, layers, None, obstacle_to_compiling(Decoder(model, compressed), len(layers)))
+    return ModelSupport(name, layers, None, obstacle_to_compiling(Decoder(model, compressed), kinds))
 
 
 def _layer_support(model: PreTrainedModel, index: int, layer: object) -> LayerSupport:

@@ -8,7 +8,6 @@ from transformers import CompileConfig
 import models
 from caches import (
     FAMILIES_AND_STORAGES,
-    FIXED_FAMILIES,
     NEW_TOKENS,
     STORAGES,
     assert_same,
@@ -104,7 +103,6 @@ CHUNKED = {"as-single": {}, "as-chunked": {"prefill": "chunked"}, "fixed": STORA
         pytest.param(family, CHUNKED[name], id=f"{family}-{name}")
         for family in ("llama", "qwen3", "gemma3_text", "mixtral")
         for name in CHUNKED
-        if name != "fixed" or family in FIXED_FAMILIES
     ],
 )
 def test_prefill_in_chunks(family, settings, chunk):

@@ -60,9 +60,15 @@ class Decoder:
         return self._text_config._attn_implementation
 
     @property
+    def has_chunks(self) -> bool:
+        """Whether layers attend to chunks of tokens."""
+        return getattr(self._text_config, "attention_chunk_size", None) is not None
+
+    @property
     def is_on_one_device(self) -> bool:
-        """Whether all weights of the attention layers lie on one device, none of them offloaded."""
-        modules = (layer.module for layer in self.attention.values())
+        """Whether all weights of the attention layers, and of blocks without one, lie on one device, none offloaded."""
+        layers = self.attention
+        modules = (layers[index].module if index in layers else block for index, block in enumerate(self.blocks))
         devices = {parameter.device for module in modules for parameter in module.parameters()}
         return len(devices) == 1 and torch.device("meta") not in devices
 

@@ -6,7 +6,7 @@ Shapes of keys and values say D for the head dim of each: that of the values may
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import DynamicLayer
@@ -186,15 +186,18 @@ class SelectedLayer(DynamicLayer, ABC):
         rows, held = key_states.shape[0], self.keys.shape[0]
         if rows == held:
             return
-        if held != 1:
-            raise ValueError(
-                f"keys of batch size {rows}, the cache holds {held} rows; call reset() before another prompt"
-            )
+        check_rows(rows, held)
         self.batch_repeat_interleave(rows)
 
 
+def check_rows(rows: int, held: int) -> None:
+    """Raises ValueError if a batch of so many rows cannot be meant for what `held` rows hold."""
+    if held not in (1, rows):
+        raise ValueError(f"keys of batch size {rows}, the cache holds {held} rows; call reset() before another prompt")
+
+
 class Storage(ABC):
-    """Where the selected layers of one cache hold their tokens once their prompt has ended.
+    """Where the layers of one cache hold their tokens; the selected ones once their prompt has ended.
 
     Attributes:
         is_compileable: whether decoding on it may be compiled.
@@ -205,6 +208,10 @@ class Storage(ABC):
     @abstractmethod
     def check(self) -> None:
         """Raises ValueError if the model has changed so that it could not read this storage."""
+
+    @abstractmethod
+    def take_in(self, index: int, layer: Any) -> Any:
+        """The layer to use in place of an empty one of `DynamicCache` that is not selected; layers come in order."""
 
     @abstractmethod
     def store(self, index: int, layer: SelectedLayer, selection: Selection) -> SelectedLayer:

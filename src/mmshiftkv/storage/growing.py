@@ -144,6 +144,10 @@ class GrowingStorage(Storage):
     def check(self) -> None:
         """Nothing: every attention reads it."""
 
+    def take_in(self, index: int, layer: Any) -> Any:
+        """The same layer."""
+        return layer
+
     def store(self, index: int, layer: SelectedLayer, selection: Selection) -> SelectedLayer:
         """As in `Storage`: a new layer with the kept tokens, or `layer` itself if it keeps all."""
         kept = selection.kept
