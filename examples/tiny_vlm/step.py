@@ -1,16 +1,16 @@
 """One optimizer step of the training, and what to report about it."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration
 
+from tiny_vlm.architectures import Forward
 from tiny_vlm.batches import CHARS_PER_PATCH, IGNORE
-from tiny_vlm.forward import FastForward, linear
-from tiny_vlm.pages import TASKS
+from tiny_vlm.forward import linear
 from tiny_vlm.pixels import paint
 
 CHARACTERS = 128  # classes of the character head: ASCII, 0 for none
@@ -31,15 +31,16 @@ class Step:
     teaches the vision part to read before the text part has learned where to look.
     """
 
-    def __init__(
-        self, model: Qwen2_5_VLForConditionalGeneration, device: str, aux: float, compiled: bool, graphs: bool
-    ) -> None:
-        """Takes the model's parameters into an optimizer; `compiled` and `graphs` are for speed alone."""
+    def __init__(self, model: Any, fast: Forward, device: str, aux: float, graphs: bool) -> None:
+        """Takes the model's parameters into an optimizer; `fast` is its forward pass, `graphs` is for speed alone."""
         self.aux, self.use_graphs = aux, graphs and device == "cuda"
         self.graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, dict[str, Tensor], dict[str, Tensor]]] = {}
         self.head = torch.nn.Linear(model.config.vision_config.hidden_size, CHARS_PER_PATCH * CHARACTERS).to(device)
-        self.fast = FastForward(model, torch.bfloat16 if device == "cuda" else torch.float32, compiled)
-        self.parameters = [*model.parameters(), *self.head.parameters()]
+        self.fast = fast
+        self.named_parameters = dict(model.named_parameters()) | {
+            f"character_head.{name}": parameter for name, parameter in self.head.named_parameters()
+        }
+        self.parameters = list(self.named_parameters.values())
         groups = [
             {"params": [parameter for parameter in self.parameters if parameter.ndim > 1], "weight_decay": 0.05},
             {"params": [parameter for parameter in self.parameters if parameter.ndim < 2], "weight_decay": 0.0},
@@ -98,8 +99,8 @@ class Step:
 
 
 @torch.no_grad()
-def report(batch: dict[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Any]:
-    """Losses, and accuracies with the true text so far given, of the step just made.
+def report(batch: dict[str, Tensor], outputs: dict[str, Tensor], tasks: Sequence[str]) -> dict[str, Any]:
+    """Losses, and accuracies with the true text so far given, of the step just made; `tasks` are those of the model.
 
     A task without questions in the batch has the accuracy None. Raises FloatingPointError when the loss is not finite.
     """
@@ -109,7 +110,7 @@ def report(batch: dict[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, An
     counted = batch["targets"] != IGNORE
     right = (outputs["logits"].argmax(-1) == batch["targets"]) & counted
     token_accuracy = {}
-    for number, task in enumerate(TASKS):
+    for number, task in enumerate(tasks):
         here = batch["tasks"] == number
         total = int((counted & here).sum())
         token_accuracy[task] = round(int((right & here).sum()) / total, 4) if total else None
