@@ -6,9 +6,7 @@
 import argparse
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
@@ -137,27 +135,9 @@ def write_processor(folder: str | Path) -> None:
     build_processor().save_pretrained(folder)
 
 
-def wave_positions() -> Tensor:
-    """Sines and cosines of the row and the column of each patch of a tile, (PATCHES ** 2, VISION_WIDTH)."""
-    half = VISION_WIDTH // 2
-    frequency = 30.0 ** -(torch.arange(0, half, 2).float() / half)
-    angle = torch.arange(PATCHES)[:, None] * frequency
-    axis = torch.cat((angle.sin(), angle.cos()), -1)
-    rows = axis[:, None].expand(-1, PATCHES, -1)
-    columns = axis[None].expand(PATCHES, -1, -1)
-    return torch.cat((rows, columns), -1).flatten(0, 1)
-
-
-@torch.no_grad()
 def build_model() -> LlavaNextForConditionalGeneration:
-    """A new model whose vision tower starts with positions in waves.
-
-    From them attention to a neighbor, wherever it is, is one linear map away; from random positions it would have to be
-    learned for each place in the tile.
-    """
-    model = LlavaNextForConditionalGeneration(build_config())
-    model.model.vision_tower.embeddings.position_embedding.weight[1:] = 0.7 * wave_positions()
-    return model
+    """A new model with random weights."""
+    return LlavaNextForConditionalGeneration(build_config())
 
 
 def main() -> None:

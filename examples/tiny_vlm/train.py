@@ -1,8 +1,8 @@
 """Trains a tiny model on synthetic pages, on one GPU (or, slowly, on a CPU), for a given wall-clock time.
 
     python -m tiny_vlm.train --out out --seconds 450
-    python -m tiny_vlm.train --model llava --out out --seconds 480 --planned-seconds 960
-    python -m tiny_vlm.train --model llava --out more --seconds 480 --planned-seconds 960 --resume out/state
+    python -m tiny_vlm.train --model llava --out out --seconds 440 --planned-seconds 860
+    python -m tiny_vlm.train --model llava --out more --seconds 520 --resume out/state
 
 Run it in the folder `examples`. The folder `out` then holds a checkpoint with its processor, `log.jsonl`, and in
 `state` what `--resume` needs to go on.
