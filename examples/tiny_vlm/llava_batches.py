@@ -11,7 +11,7 @@ from torch import Tensor
 from tiny_vlm.batches import Segment, character_grid, pack, stack
 from tiny_vlm.build import PATCH
 from tiny_vlm.document_questions import ASK, TASKS
-from tiny_vlm.layouts import PAGE_SIZES, Document, draw_document, random_document
+from tiny_vlm.layouts import LAYOUTS, PAGE_SIZES, Document, draw_document, random_document
 from tiny_vlm.llava_build import PATCHES, TOKEN_ID
 
 PREFIX_HEAD = (TOKEN_ID["<s>"], *b"[INST] ")
@@ -49,7 +49,7 @@ def stage(progress: float) -> Stage:
         return Stage(((224, 224),), {})
     if progress < 0.25:
         return Stage(((224, 448), (448, 224)), {})
-    return Stage((*PAGE_SIZES, *PAGE_SIZES, (224, 448), (448, 224)), {})
+    return Stage((*PAGE_SIZES, *PAGE_SIZES, (224, 448), (448, 224)), {"layouts": (*LAYOUTS, "table")})
 
 
 def prefix_length(height: int, width: int) -> int:
