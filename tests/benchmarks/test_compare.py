@@ -276,14 +276,17 @@ def test_what_is_read_is_what_was_written(written):
 
 
 def test_records_about_the_same_questions_are_joined(tmp_path, capsys):
-    files = [str(RESULTS / name) for name in ("compare.json", "compare_values.json")]
+    names = ("compare.json", "compare_values.json", "compare_peers.json", "compare_ahead.json")
+    files = [str(RESULTS / name) for name in names]
     compare.main(["--read", *files])
     rows = [line.split() for line in capsys.readouterr().out.split("decode attention recall")[0].splitlines()]
-    assert [row[0] for row in rows if row[1:2] == ["64"]] == list(USUAL)
+    assert [row[0] for row in rows if row[1:2] == ["64"]] == [name for name in COMPARED if name != "half-mass"]
     assert sum(row[:1] == ["full"] for row in rows) == 1
     assert joined([COMMITTED, COMMITTED]) == joined([COMMITTED])
-    with pytest.raises(SystemExit, match="--read: the files are not about the same questions: tasks is"):
-        compare.main(["--read", files[0], str(RESULTS / "compare_peers.json")])
+    fewer = tmp_path / "fewer.json"
+    fewer.write_text(json.dumps({**COMMITTED, "settings": {**COMMITTED["settings"], "count": 7}}), encoding="utf-8")
+    with pytest.raises(SystemExit, match="--read: the files are not about the same questions: count is 140 and 7"):
+        compare.main(["--read", files[0], str(fewer)])
 
 
 def test_a_record_is_shown_without_measuring(tmp_path, capsys, monkeypatch):
