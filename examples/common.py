@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 TINY_MODEL = ASSETS / "tiny_qwen2_5_vl"
+TINY_LLAVA = ASSETS / "tiny_llava_next"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 # The methods by the names that people read. The keys are `mmshiftkv.METHODS`, written down once more because importing
 # them takes seconds, which `--help` must not.

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Cache
 from mmshiftkv import CACHE_ARGUMENT
 
 # Room for the longest answer that a page can have, by task.
-MAX_NEW_TOKENS = {"lookup": 24, "multi": 64, "line": 64, "all": 320}
+MAX_NEW_TOKENS = {"lookup": 24, "multi": 64, "line": 64, "cell": 24, "all": 320}
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", dtype: str = "float32") -> tuple[Any, Any]:

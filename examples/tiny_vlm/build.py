@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2Tokenizer
+from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 PATCH, MERGE = 14, 2
 CELL = PATCH * MERGE  # pixels on the side of one visual token
@@ -107,6 +107,11 @@ def build_config() -> Qwen2_5_VLConfig:
         vision_end_token_id=TOKEN_ID["<|vision_end|>"],
         tie_word_embeddings=True,
     )
+
+
+def build_model() -> Qwen2_5_VLForConditionalGeneration:
+    """A new model with random weights."""
+    return Qwen2_5_VLForConditionalGeneration(build_config())
 
 
 def build_generation_config() -> GenerationConfig:

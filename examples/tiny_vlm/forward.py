@@ -44,11 +44,11 @@ class TextWeights(NamedTuple):
 
     norm_before: Tensor
     query: Tensor
-    query_bias: Tensor
+    query_bias: Tensor | None
     key: Tensor
-    key_bias: Tensor
+    key_bias: Tensor | None
     value: Tensor
-    value_bias: Tensor
+    value_bias: Tensor | None
     out: Tensor
     norm_after: Tensor
     gate: Tensor
@@ -161,6 +161,14 @@ def cos_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+def segment_mask(segments: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask (images, 1, text, prefix + text): each segment sees the prefix and its own past."""
+    same = segments[:, :, None] == segments[:, None, :]
+    causal = torch.ones(same.shape[1:], dtype=torch.bool, device=same.device).tril()
+    allowed = torch.cat((same.new_ones(*segments.shape, prefix), same & causal), -1)[:, None]
+    return torch.zeros(allowed.shape, dtype=dtype, device=same.device).masked_fill(~allowed, -torch.inf)
+
+
 def grid_positions(rows: int, columns: int) -> Tensor:
     """Row and column of every cell, (2, rows, columns)."""
     return torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
@@ -225,13 +233,6 @@ class FastForward:
         cos, sin = cos_sin(torch.cat((prefix.expand(len(offsets), -1, -1), text), 1), self.dtype)
         return cos[:, None], sin[:, None]
 
-    def segment_mask(self, segments: Tensor, prefix: int) -> Tensor:
-        """Additive mask (images, 1, text, prefix + text): each segment sees the prefix and its own past."""
-        same = segments[:, :, None] == segments[:, None, :]
-        causal = torch.ones(same.shape[1:], dtype=torch.bool, device=same.device).tril()
-        allowed = torch.cat((same.new_ones(*segments.shape, prefix), same & causal), -1)[:, None]
-        return torch.zeros(allowed.shape, dtype=self.dtype, device=same.device).masked_fill(~allowed, -torch.inf)
-
     def __call__(self, pixels: Tensor, inputs: Tensor, offsets: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the segment tokens (images, text, vocabulary) and patch features (images, patches, width)."""
         features, visual_tokens = self.encode_images(pixels)
@@ -241,7 +242,7 @@ class FastForward:
         x = torch.cat((head, visual_tokens, tail), 1)
         height, width = pixels.shape[-2:]
         cos, sin = self.rope(height, width, offsets)
-        mask = self.segment_mask(segments, x.shape[1] - inputs.shape[1])
+        mask = segment_mask(segments, x.shape[1] - inputs.shape[1], self.dtype)
         for weights in self.text_weights:
             x = self.text_layer(x, cos, sin, mask, weights)
         x = rms_norm(x[:, -inputs.shape[1] :], self.language.norm.weight)

@@ -206,7 +206,12 @@ def draw_ink(page: Page) -> NDArray[np.uint8]:
 
 def page_image(page: Page, seed: int | Sequence[int]) -> Image.Image:
     """The page as an RGB image; `seed` is that of the noise."""
-    cover = draw_ink(page)[..., None] / 255.0
+    return tinted_image(page, draw_ink(page), seed)
+
+
+def tinted_image(page: Page, ink: NDArray[np.uint8], seed: int | Sequence[int]) -> Image.Image:
+    """The ink coverage `ink` in the page's colors and with its noise, an RGB image."""
+    cover = ink[..., None] / 255.0
     pixels = np.array(page.paper) * (1 - cover) + np.array(page.ink) * cover
     pixels += page.noise * np.random.default_rng(seed).standard_normal(pixels.shape)
     return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))

@@ -1,8 +1,11 @@
-"""Trains the tiny Qwen2.5-VL on synthetic pages, on one GPU (or, slowly, on a CPU), for a given wall-clock time.
+"""Trains a tiny model on synthetic pages, on one GPU (or, slowly, on a CPU), for a given wall-clock time.
 
     python -m tiny_vlm.train --out out --seconds 450
+    python -m tiny_vlm.train --model llava --out out --seconds 440 --planned-seconds 860
+    python -m tiny_vlm.train --model llava --out more --seconds 520 --resume out/state
 
-Run it in the folder `examples`. The folder `out` then holds a checkpoint with its processor, and `log.jsonl`.
+Run it in the folder `examples`. The folder `out` then holds a checkpoint with its processor, `log.jsonl`, and in
+`state` what `--resume` needs to go on.
 """
 
 import argparse
@@ -11,18 +14,29 @@ from pathlib import Path
 
 from common import errors_in_one_line, existing_folder, needs_checkpoint, needs_package, positive_integer, script_parser
 
+MODELS = ("qwen", "llava")  # the keys of architectures.ARCHITECTURES, whose import takes seconds
+
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The checked arguments; exits with a message when they are wrong."""
     parser = script_parser(__doc__)
     add = parser.add_argument
+    add("--model", choices=MODELS, default="qwen", help="which of the two models (default: %(default)s)")
     add("--out", required=True, type=Path, help="folder to write the checkpoint to")
-    add("--init", type=existing_folder, help="folder of a checkpoint to continue from")
+    begin = parser.add_mutually_exclusive_group()
+    begin.add_argument("--init", type=existing_folder, help="folder of a checkpoint whose weights to begin with")
+    begin.add_argument("--resume", type=existing_folder, help="folder `state` of an earlier run to go on from")
     add(
         "--seconds",
         type=float,
         default=500,
         help="wall-clock time, from the start of the program (default: %(default)s)",
+    )
+    add(
+        "--planned-seconds",
+        type=float,
+        help="training time of all runs together, over which the learning rate falls and the curriculum goes"
+        " (default: until the end of this run)",
     )
     add(
         "--steps",

@@ -8,11 +8,14 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from transformers import DynamicCache
+from transformers import DynamicCache, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from benchmarks.quality import compare
 from benchmarks.quality.comparison import (
+    ALL,
     COMPARED,
+    OTHER_FAMILY,
+    QWEN_SETTINGS,
     USUAL,
     Result,
     Setup,
@@ -25,12 +28,14 @@ from benchmarks.quality.comparison import (
 from benchmarks.quality.comparison_picture import STYLES, draw_plot
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.scoring import summarize
-from mmshiftkv import ShiftKVCache
+from common import TINY_LLAVA
+from mmshiftkv import ShiftKVCache, ShiftKVConfig
 
 SMALL = ["--count", "2", "--batch-size", "2", "--device", "cpu"]
 RESULTS = Path(compare.__file__).parents[1] / "results"
 COMMITTED = json.loads((RESULTS / "compare.json").read_text(encoding="utf-8"))
 ALONE = ["--methods", "shiftkv"]
+LLAVA = LlavaNextForConditionalGeneration(LlavaNextConfig.from_pretrained(TINY_LLAVA))
 
 
 def tables(capsys, *arguments):
@@ -202,8 +207,30 @@ def test_methods_are_the_usual_ones_unless_named():
         "shiftkv",
         "value-aware",
     ]
-    assert compare.parse_arguments(["--methods", "snapkv", "all"]).methods == list(COMPARED)
+    assert compare.parse_arguments(["--methods", "snapkv", "all"]).methods == ALL
     assert compare.parse_arguments(["--methods", "kvzip", "dropkv", "kvzip"]).methods == ["kvzip", "dropkv"]
+
+
+def test_settings_of_the_qwen_family_are_the_defaults_and_change_a_llava_alone():
+    for setting, value in QWEN_SETTINGS.items():
+        assert getattr(ShiftKVConfig(budget=8), setting) == value
+        assert getattr(ShiftKVConfig.for_model(LLAVA, budget=8), setting) != value
+    own, other = (Setup(name, 8).make_cache(LLAVA).config for name in ("value-aware", "value-aware-qwen"))
+    assert own.replace(**QWEN_SETTINGS) == other
+    assert not set(OTHER_FAMILY) & set(compare.parse_arguments(["--methods", "all"]).methods)
+
+
+def test_a_llava_next_is_asked_about_the_documents(tmp_path):
+    options = [*SMALL, *ALONE, "--model", str(TINY_LLAVA), "--tasks", "lookup", "--budgets", "64"]
+    compare.main([*options, "--json", str(tmp_path / "scores.json")])
+    full, small = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))["results"]
+    assert full["mean"]["exact_match"] == 1
+    assert 0.2 < small["mean"]["decode_attention_recall"] < 1
+
+
+def test_a_task_of_the_other_model_s_pages_is_refused():
+    with pytest.raises(SystemExit, match="'cell' is not asked about the pages of a qwen2_5_vl model; allowed are"):
+        compare.main([*SMALL, *ALONE, "--tasks", "cell", "--budgets", "64"])
 
 
 def test_snapkv_has_at_most_a_quarter_of_the_budget_for_its_window():
@@ -303,7 +330,7 @@ def test_records_about_the_same_questions_are_joined(tmp_path, capsys):
     files = [str(RESULTS / name) for name in names]
     compare.main(["--read", *files])
     rows = [line.split() for line in capsys.readouterr().out.split("decode attention recall")[0].splitlines()]
-    assert [row[0] for row in rows if row[1:2] == ["64"]] == [name for name in COMPARED if name != "half-mass"]
+    assert [row[0] for row in rows if row[1:2] == ["64"]] == [name for name in ALL if name != "half-mass"]
     assert sum(row[:1] == ["full"] for row in rows) == 1
     assert joined([COMMITTED, COMMITTED]) == joined([COMMITTED])
     fewer = tmp_path / "fewer.json"

@@ -12,8 +12,14 @@ attention recall of each layer: how much of what the full cache's own answer loo
 tokens that are kept. `--methods all` has those of the folder peers besides, which count values or look ahead, and
 ShiftKV's presets; "full_attention" is a limit, as it knows the answer. The JSON file adds 95 % bootstrap intervals, the
 settings and the versions, its scores being fractions 0..1. With `--document-first` the page is compressed before the
-question is known, as `mmshiftkv.Document` does it. Without `--model` the small Qwen2.5-VL of this repository
-answers: it reads such pages, and no other documents.
+question is known, as `mmshiftkv.Document` does it. Without `--model` the small Qwen2.5-VL of this repository answers:
+it reads such pages, and no other documents. With `--model` the small LLaVA-NeXT answers about its own pages:
+
+    python examples/benchmarks/quality/compare.py --model examples/assets/tiny_llava_next --budgets 512 256 128 64 \\
+        --methods shiftkv qwen-settings value-aware value-aware-qwen snapkv expected_attention
+
+There "qwen-settings" and "value-aware-qwen" are ShiftKV and its preset with the settings published for Qwen2.5-VL, in
+place of those of the model's own family; `--methods all` leaves them out.
 """
 
 import argparse
@@ -43,7 +49,7 @@ def comparison_file(text: str) -> dict[str, Any]:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The checked arguments, each method, budget and task once; exits with a message when they are wrong."""
     need_packages(script_parser(__doc__), ("numpy", "PIL", "rapidfuzz", "tabulate", "tqdm"))
-    from benchmarks.quality.comparison import COMPARED, USUAL
+    from benchmarks.quality.comparison import ALL, COMPARED, USUAL
     from benchmarks.quality.peers import PEERS
     from benchmarks.quality.questions import check_fonts, question_arguments
     from tiny_vlm.pages import HELD_OUT_SEED, TASKS
@@ -76,7 +82,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if not arguments.read:
         check_fonts(parser, arguments)
     if "all" in arguments.methods:
-        arguments.methods = list(COMPARED)
+        arguments.methods = ALL
     drop_repeats(arguments, "methods", "budgets", "tasks")
     peers = [method for method in arguments.methods if method in PEERS]
     if arguments.document_first and peers:
@@ -89,9 +95,11 @@ def run(arguments: argparse.Namespace) -> "list[Result]":
     from benchmarks.quality.comparison import Setup, record
     from benchmarks.quality.comparison_measurement import measure
     from tiny_vlm.answering import load
+    from tiny_vlm.question_sets import check_tasks
 
     with errors_in_one_line():
         model, processor = load(arguments.model, arguments.device or choose_device("auto"), arguments.dtype)
+        check_tasks(model, arguments.tasks)
     setups = [Setup()] + [Setup(method, budget) for budget in arguments.budgets for method in arguments.methods]
     for setup in setups:
         try:

@@ -26,6 +26,9 @@ class Compared:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+# The settings published for Qwen2.5-VL, for models of a family with others.
+QWEN_SETTINGS: dict[str, Any] = {"num_groups": 32, "stats_window": None, "last_token_layers": 0}
+
 # In the order in which they are shown: that of the paper's tables, the peers behind SnapKV, which most of them build
 # on, and the limit last.
 COMPARED = {
@@ -37,11 +40,15 @@ COMPARED = {
     "keydiff": Compared("keydiff"),
     "shiftkv": Compared("shiftkv"),
     "half-mass": Compared("shiftkv", {"mass": 0.5}),
+    "qwen-settings": Compared("shiftkv", QWEN_SETTINGS),
     "value-aware": Compared("shiftkv", {"preset": "value-aware"}),
+    "value-aware-qwen": Compared("shiftkv", {"preset": "value-aware", **QWEN_SETTINGS}),
     "full_attention": Compared("full_attention"),
 }
+OTHER_FAMILY = ("qwen-settings", "value-aware-qwen")
 # The others are measured when they are named.
-USUAL = [name for name in COMPARED if name not in PEERS and name != "half-mass"]
+ALL = [name for name in COMPARED if name not in OTHER_FAMILY]
+USUAL = [name for name in ALL if name not in PEERS and name != "half-mass"]
 
 
 @dataclass(frozen=True)

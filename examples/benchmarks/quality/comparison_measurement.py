@@ -100,5 +100,5 @@ def _batches(
     if not arguments.document_first:
         yield from question_batches(model, processor, task, arguments)
         return
-    for examples in example_batches(task, arguments):
+    for examples in example_batches(model, task, arguments):
         yield examples, [example.answer for example in examples]

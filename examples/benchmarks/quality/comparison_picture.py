@@ -11,7 +11,7 @@ from mmshiftkv.analysis.figures import new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TASK_NAMES = {"lookup": "lookup", "multi": "multi-field", "line": "line", "all": "whole page"}
+TASK_NAMES = {"lookup": "lookup", "multi": "multi-field", "line": "line", "cell": "table cell", "all": "whole page"}
 FULL_CACHE: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}
 PANEL = (3.8, 3.1)  # width and height in inches
 LARGE_PANEL = (5.4, 4.2)  # for more methods than FEW
@@ -26,7 +26,7 @@ class Style:
 
     name: str
     color: str
-    marker: str
+    marker: Any
     linewidth: float = 1.2
     markersize: float = 5
     dashes: Any = "-"
@@ -45,11 +45,14 @@ class Style:
 
 COUNTS_VALUES = (0, (4, 1.5))
 LOOKS_AHEAD = (0, (1, 1.2))
+OTHER_SETTINGS = (0, (6, 1.5, 1, 1.5))
 # The solid lines have Okabe and Ito's colours, which colour-blind readers can tell apart; the peers are dashed or
 # dotted besides, and every method has a marker of its own.
 STYLES = {
     "value-aware": Style("ShiftKV, value-aware", "#8E063B", "*", 2.6, 9),
     "shiftkv": Style("ShiftKV", "#D55E00", "o", 2.6, 6.5),
+    "value-aware-qwen": Style("ShiftKV, value-aware, Qwen settings", "#C77CFF", "H", 1.6, 7, OTHER_SETTINGS),
+    "qwen-settings": Style("ShiftKV, Qwen settings", "#FF7F50", (4, 1, 0), 1.6, 7, OTHER_SETTINGS),
     "half-mass": Style("ShiftKV, mass 0.5", "#F4A582", "p", 1.6, 6.5),
     "expected_attention": Style("ExpectedAttention", "#009E73", "s"),
     "snapkv": Style("SnapKV", "#0072B2", "^", markersize=6),

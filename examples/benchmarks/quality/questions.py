@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from common import DTYPES, TINY_MODEL, choose_device, existing_folder, needs_package, output_file, positive_integer
-from tiny_vlm.pages import ALL_FONTS, BUILTIN_FONTS, HELD_OUT_SEED, TASKS, Example, held_out_of_task
+from tiny_vlm.pages import ALL_FONTS, BUILTIN_FONTS, HELD_OUT_SEED, Example
+from tiny_vlm.question_sets import ALL_TASKS, questions_for
 
 DEVELOPMENT_SEED = HELD_OUT_SEED + 2  # calibrate.py has the one between
 
@@ -18,7 +19,8 @@ def question_arguments(budgets: Sequence[int], tasks: Sequence[str], seed: int) 
         "--model",
         type=existing_folder,
         default=TINY_MODEL,
-        help="folder of the model and its processor (default: the small Qwen2.5-VL of this repository)",
+        help="folder of the model and its processor; a LLaVA-NeXT is asked about the second model's documents, every"
+        " other model about the first one's pages (default: the small Qwen2.5-VL of this repository)",
     )
     add(
         "--budgets",
@@ -27,7 +29,7 @@ def question_arguments(budgets: Sequence[int], tasks: Sequence[str], seed: int) 
         default=list(budgets),
         help="tokens per layer and KV head (default: %(default)s)",
     )
-    add("--tasks", nargs="+", choices=TASKS, default=list(tasks), help="kinds of questions (default: %(default)s)")
+    add("--tasks", nargs="+", choices=ALL_TASKS, default=list(tasks), help="kinds of questions (default: %(default)s)")
     add("--count", type=positive_integer, default=100, help="questions of each task (default: %(default)s)")
     add("--batch-size", type=positive_integer, default=8, help="questions answered together (default: %(default)s)")
     add("--seed", type=int, default=seed, help="of the pages and questions (default: %(default)s)")
@@ -59,9 +61,10 @@ def batches(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
         yield batch
 
 
-def example_batches(task: str, arguments: argparse.Namespace) -> Iterator[list[Example]]:
-    """A task's pages, questions and answers, in batches."""
+def example_batches(model: Any, task: str, arguments: argparse.Namespace) -> Iterator[list[Example]]:
+    """Pages, questions and answers of a task of the model's, in batches."""
     fonts = BUILTIN_FONTS if arguments.builtin_font_only else ALL_FONTS
+    held_out_of_task = questions_for(model).held_out_of_task
     return batches(held_out_of_task(task, arguments.count, arguments.seed, fonts), arguments.batch_size)
 
 
@@ -71,7 +74,7 @@ def question_batches(
     """Of each batch of a task's questions the inputs, on the model's device, and the right answers."""
     from tiny_vlm.answering import build_inputs
 
-    for batch in example_batches(task, arguments):
+    for batch in example_batches(model, task, arguments):
         images, questions = [example.image for example in batch], [example.question for example in batch]
         inputs = build_inputs(processor, images, questions).to(model.device, model.dtype)
         yield inputs, [example.answer for example in batch]

@@ -74,11 +74,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.quality.variations_measurement import measure, summarized
     from benchmarks.quality.variations_report import record, table
     from tiny_vlm.answering import load
+    from tiny_vlm.question_sets import check_tasks
 
     baseline, *others = variations_of(arguments.baseline)
     chosen = [baseline, *(one for one in others if arguments.only is None or one.name in arguments.only)]
     with errors_in_one_line():
         model, processor = load(arguments.model, arguments.device or choose_device("auto"), arguments.dtype)
+        check_tasks(model, arguments.tasks)
         for variation in chosen:
             variation.make_cache(model, arguments.budgets[0])
     scores = measure(model, processor, chosen, arguments)
