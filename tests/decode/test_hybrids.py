@@ -235,6 +235,14 @@ class TestCropping:
         assert int(cache.get_seq_length()) == 42
 
 
+@pytest.mark.parametrize("more", [models.prompt_ids(3, 1), models.prompt_ids(3, 4)])
+def test_a_prompt_of_one_row_serves_a_batch(more):
+    model = build(SLIDING)
+    expected = [forward(model, prefilled(model, 4, models.prompt_ids()), row[None]) for row in more]
+    found = forward(model, prefilled(model, 4, models.prompt_ids()), more)
+    torch.testing.assert_close(found, torch.cat(expected), atol=1e-4, rtol=1e-4)
+
+
 def test_rows_of_growing_states_are_refused_and_nothing_is_changed():
     model = build(CONVOLUTION)
     cache = prefilled(model, None)

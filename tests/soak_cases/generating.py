@@ -138,7 +138,7 @@ class SmallBudget(Case):
     @classmethod
     def draw(cls, draws: Draws) -> Self:
         model, prompts, generation = TextModel.draw(draws), Prompts.draw(draws), Generation.draw(draws)
-        ahead = not model.sliding and not generation.has_beams and draws.is_rare(0.3)
+        ahead = not generation.has_beams and draws.is_rare(0.3)
         room = draws.one_of(None, generation.new_tokens, generation.new_tokens + draws.randint(1, 9))
         if draws.is_rare(0.15) or (ahead and room is None):
             room = draws.randint(1, generation.new_tokens)  # what does not fit moves to larger storage
@@ -193,7 +193,7 @@ class CoveringBudget(Case):
     @classmethod
     def draw(cls, draws: Draws) -> Self:
         model, prompts, generation = TextModel.draw(draws), Prompts.draw(draws), Generation.draw(draws)
-        ahead = not model.sliding and not generation.has_beams and draws.is_rare(0.2)
+        ahead = not generation.has_beams and draws.is_rare(0.2)
         room = draws.randint(1, 20) if ahead or draws.is_rare(0.4) else None
         budget = draw_budget(draws, prompts.width, covering=True)
         return cls(model, prompts, budget, generation, room, ahead, draw_score(draws))

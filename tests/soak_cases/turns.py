@@ -41,7 +41,7 @@ class Turns(Case):
         turns = ((0, draws.randint(2, 8)),)
         turns += tuple((draws.randint(1, 12), draws.randint(1, 8)) for _ in range(draws.randint(1, 3)))
         budget = draw_budget(draws, prompts.width, covering=draws.is_rare(0.2))
-        ahead = not model.sliding and draws.is_rare(0.3)
+        ahead = draws.is_rare(0.3)
         room = draws.randint(1, 30) if ahead or draws.is_rare(0.4) else None
         sampled, score = draws.is_rare(0.3), draw_score(draws, refit=False)
         return cls(model, prompts, budget, turns, room, ahead, sampled, score)
