@@ -97,7 +97,7 @@ def checked_logits(
     if softcap is not None:
         check_positive("softcap", softcap)
     if sinks is not None:
-        check_shape("sinks", sinks, "(H,)", queries.shape[1:2])
+        check_shape("sinks", sinks, "(H,)", (queries.shape[1],))
         if not sinks.is_floating_point():
             raise ValueError(f"sinks is {sinks.dtype}, must be of a floating dtype")
         check_device("sinks", sinks, name, queries)

@@ -56,7 +56,11 @@ def check(problem, count, device, dtype, kind=None):
     assert found.is_contiguous()
     # Conjugate gradients carry rounding on; what is stored is rounded to the dtype besides.
     stored = torch.finfo(dtype).eps
-    assert relative_error(found, expected.double()) <= 100 * rounding + stored
+    # Some systems of capped logits turn on the last digit: then the reference moves as much with its queries rounded.
+    shaken = queries.double() * (1 + 2**-23 * torch.linspace(-1, 1, queries.shape[2], device=device)[:, None])
+    other = refit_values(shaken.to(dtype), outputs, keys, values, kept, **keywords, **steps, backend="torch")
+    moved = relative_error(other, expected.double()) if dtype == torch.float32 else 0.0
+    assert relative_error(found, expected.double()) <= 100 * rounding + stored + 4 * moved
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

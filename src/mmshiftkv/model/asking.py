@@ -141,6 +141,8 @@ def unknown_arguments(module: nn.Module) -> list[str]:
     return [name for name, one in _signature(module).parameters.items() if name not in known and one.kind not in kinds]
 
 
+# The compiler must not trace into the twin of a function that it may have compiled itself.
+@torch.compiler.disable
 def ask(
     module: nn.Module,
     hidden_states: torch.Tensor,
@@ -179,6 +181,7 @@ def ask(
     return handed[0]
 
 
+@torch.compiler.disable
 def keys_given(module: nn.Module, hidden_states: torch.Tensor, positions: Positions) -> torch.Tensor:
     """The keys (B, H_kv, n, D) that an attention module gives to its cache, for tokens as in `ask`.
 

@@ -6,10 +6,12 @@ thread that recorded them, so a turn that is streamed from a thread of its own w
 
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import torch
 from transformers import PreTrainedModel
 
 Result = TypeVar("Result")
@@ -17,9 +19,20 @@ _executors: "weakref.WeakKeyDictionary[Any, ThreadPoolExecutor]" = weakref.WeakK
 _lock = threading.Lock()
 
 
+def _prepare_for_graphs() -> None:
+    """Gives this thread what CUDA graphs of torch.compile keep for each: before torch 2.14 only some threads have it."""
+    if not torch.cuda.is_available():
+        return
+    from torch._inductor.cudagraph_trees import local
+
+    if not hasattr(local, "tree_manager_containers"):
+        local.tree_manager_containers = {}
+        local.tree_manager_locks = defaultdict(threading.Lock)
+
+
 def submit(model: PreTrainedModel, work: Callable[[], Result]) -> "Future[Result]":
     """Has `work` done in the model's thread, behind all that was submitted before."""
     with _lock:
         if model not in _executors:
-            _executors[model] = ThreadPoolExecutor(1, thread_name_prefix="mmshiftkv")
+            _executors[model] = ThreadPoolExecutor(1, "mmshiftkv", initializer=_prepare_for_graphs)
         return _executors[model].submit(work)
