@@ -25,9 +25,14 @@ BY_MODEL_TYPE = {"llava_next": DOCUMENTS}
 ALL_TASKS = tuple(dict.fromkeys((*PAGES.tasks, *DOCUMENTS.tasks)))
 
 
-def questions_for(model: Any) -> QuestionSet:
+def questions_of(model_type: str) -> QuestionSet:
     """The documents in four layouts for a LLaVA-NeXT, the first model's pages for every other model."""
-    return BY_MODEL_TYPE.get(model.config.model_type, PAGES)
+    return BY_MODEL_TYPE.get(model_type, PAGES)
+
+
+def questions_for(model: Any) -> QuestionSet:
+    """The questions for a loaded model, by its type."""
+    return questions_of(model.config.model_type)
 
 
 def check_tasks(model: Any, tasks: list[str]) -> None:
