@@ -64,15 +64,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def images_and_questions(arguments: argparse.Namespace) -> Iterator[tuple["Image.Image", str]]:
-    """What is asked, from the arguments."""
+def images_and_questions(model: Any, arguments: argparse.Namespace) -> Iterator[tuple["Image.Image", str]]:
+    """What is asked, from the arguments; a LLaVA-NeXT is asked about the documents that the small one reads."""
     from PIL import Image
 
-    from tiny_vlm.pages import ALL_FONTS, BUILTIN_FONTS, held_out_examples
+    from tiny_vlm.pages import ALL_FONTS, BUILTIN_FONTS
+    from tiny_vlm.question_sets import questions_for
 
     if arguments.image is None:
         fonts = BUILTIN_FONTS if arguments.builtin_font_only else ALL_FONTS
-        for example in held_out_examples(arguments.count, DOCUMENTS_SEED, fonts):
+        for example in questions_for(model).held_out_examples(arguments.count, DOCUMENTS_SEED, fonts):
             yield example.image, example.question
         return
     for image, question in zip(arguments.image, arguments.question, strict=True):
@@ -90,7 +91,7 @@ def measure(arguments: argparse.Namespace) -> "Calibration":
     total = arguments.count if arguments.image is None else len(arguments.image)
     prompts: Iterator[Any] = (
         build_inputs(processor, [image], [question]).to(model.device, model.dtype)
-        for image, question in tqdm(images_and_questions(arguments), total=total, unit="prompt")
+        for image, question in tqdm(images_and_questions(model, arguments), total=total, unit="prompt")
     )
     return measure_statistics(model, prompts, max_new_tokens=arguments.max_new_tokens)
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).resolve().parent / "assets"
 TINY_MODEL = ASSETS / "tiny_qwen2_5_vl"
 TINY_LLAVA = ASSETS / "tiny_llava_next"
+NAMED_MODELS = {"qwen": TINY_MODEL, "llava": TINY_LLAVA}
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 # The methods by the names that people read. The keys are `mmshiftkv.METHODS`, written down once more because importing
 # them takes seconds, which `--help` must not.
@@ -182,19 +183,33 @@ def errors_in_one_line() -> Iterator[None]:
         fail(error)
 
 
-def sample_documents() -> dict[str, list[dict[str, str]]]:
-    """The names of the image files in `ASSETS`; of each, its questions and answers."""
-    documents: dict[str, list[dict[str, str]]] = json.loads((ASSETS / "documents.json").read_text(encoding="utf-8"))
+def sample_documents(model: str = str(TINY_MODEL)) -> dict[str, list[dict[str, str]]]:
+    """The names of the image files in `ASSETS` for a model; of each, its questions and answers.
+
+    The small LLaVA-NeXT has its own; those of the small Qwen2.5-VL are for all others too.
+    """
+    name = "documents_llava.json" if model == str(TINY_LLAVA) else "documents.json"
+    documents: dict[str, list[dict[str, str]]] = json.loads((ASSETS / name).read_text(encoding="utf-8"))
     return documents
 
 
+def all_sample_documents() -> dict[str, list[dict[str, str]]]:
+    """The sample documents of both small models."""
+    return {name: asked for folder in NAMED_MODELS.values() for name, asked in sample_documents(str(folder)).items()}
+
+
+def named_model(text: str) -> str:
+    """An argparse type: one of `NAMED_MODELS` by its name, or a hub id or local folder as it is."""
+    return str(NAMED_MODELS.get(text, text))
+
+
 def fill_in_sample(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Sets image and question to those of the first sample document where none are given.
+    """Sets image and question to those of the model's first sample document where none are given.
 
     An image without a question is an error of the parser.
     """
     if arguments.image is None:
-        name, questions = next(iter(sample_documents().items()))
+        name, questions = next(iter(sample_documents(arguments.model).items()))
         arguments.image = str(ASSETS / name)
         arguments.question = arguments.question or questions[0]["question"]
     elif arguments.question is None:
@@ -206,7 +221,9 @@ def true_answer(image: str, question: str) -> str | None:
     path = Path(image).resolve()
     if path.parent != ASSETS:
         return None
-    answers = (sample["answer"] for sample in sample_documents().get(path.name, []) if sample["question"] == question)
+    answers = (
+        sample["answer"] for sample in all_sample_documents().get(path.name, []) if sample["question"] == question
+    )
     return next(answers, None)
 
 
@@ -214,7 +231,12 @@ def model_arguments() -> argparse.ArgumentParser:
     """What a script takes that runs the small model, or another one, on one device; to be used as a parent parser."""
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument
-    add("--model", default=str(TINY_MODEL), help="hub id or local folder (default: the model next to this script)")
+    add(
+        "--model",
+        type=named_model,
+        default=str(TINY_MODEL),
+        help='hub id or local folder; "qwen" and "llava" are the small models next to this script (default: qwen)',
+    )
     add("--max-new-tokens", type=positive_integer, default=64, help="of the answer (default: %(default)s)")
     add("--device", type=choose_device, default="auto", help='such as "cpu" (default: the GPU if there is one)')
     add("--dtype", choices=DTYPES, default="auto", help="default: that of the checkpoint")
@@ -224,7 +246,13 @@ def model_arguments() -> argparse.ArgumentParser:
 def family_arguments(default_model: str) -> argparse.ArgumentParser:
     """What a script for one model family takes besides images, to be used as a parent parser."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--model", default=default_model, help="hub id or local folder (default: %(default)s)")
+    parser.add_argument(
+        "--model",
+        type=named_model,
+        default=default_model,
+        help='hub id or local folder; "qwen" and "llava" are the small models next to this script'
+        " (default: %(default)s)",
+    )
     parser.add_argument("--question", default="What does it show?", help="default: %(default)s")
     parser.add_argument(
         "--budget",

@@ -1,9 +1,11 @@
 """LLaVA-NeXT (LLaVA-1.6 with Vicuna or Mistral) with a compressed KV cache.
 
+    python llava_next.py --model llava --image assets/form.png --question "What is the Status?" --budget 256
     python llava_next.py --image page.png --question "What is the total?"
     python llava_next.py --model llava-hf/llava-v1.6-mistral-7b-hf --image chart.png --budget 128
 
-Needs `pip install "mmshiftkv[vision]"`.
+The model "llava" lies next to this file: small, and trained to read such pages alone. Needs
+`pip install "mmshiftkv[vision]"`.
 """
 
 import argparse

@@ -1,9 +1,11 @@
 """Ask one question about one image, with the full KV cache and with compressed ones: published and value-aware.
 
     python quickstart.py
+    python quickstart.py --model llava --budget 512 256 128
     python quickstart.py --model Qwen/Qwen2.5-VL-7B-Instruct --image page.png --question "What is due?" --budget 64
 
-Without arguments nothing is downloaded: a small Qwen2.5-VL that reads synthetic documents lies next to this file.
+Without arguments nothing is downloaded: a small Qwen2.5-VL that reads synthetic documents lies next to this file, and a
+small LLaVA-NeXT, `--model llava`, that reads larger ones.
 """
 
 import argparse

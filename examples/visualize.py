@@ -2,11 +2,12 @@
 
     python visualize.py --output heatmap.png
     python visualize.py --methods value-aware shiftkv snapkv --budget 64 --layer 3
+    python visualize.py --model llava --methods value-aware shiftkv snapkv --budget 256 --output tiles.png
     python visualize.py --model Qwen/Qwen2.5-VL-7B-Instruct --image page.png --question "What is due?" --budget 128
 
 Each part of the image is coloured by how many KV heads keep its token, and each piece of the prompt's text as well.
 What the model answers with each of the caches stands above. Models of the Qwen-VL families and LLaVA-NeXT are
-supported. Without `--model` and `--image` the small Qwen2.5-VL next to this file reads a sample document.
+supported. Without `--image` a small model next to this file, "qwen" (the default) or "llava", reads a sample document.
 """
 
 import argparse

@@ -32,6 +32,11 @@ CACHES = {
     "KVzip": "kvzip",
     "Full cache's attention (limit)": "full_attention",
 }
+SECOND = {
+    **CACHES,
+    "ShiftKV, Qwen settings": "qwen-settings",
+    "ShiftKV, value-aware, Qwen settings": "value-aware-qwen",
+}
 QUALITY = ("compare.json", "compare_values.json")
 PEERS = ("compare_peers.json", "compare_ahead.json")
 # What the README's table shows, at these budgets.
@@ -79,6 +84,25 @@ def test_the_figures_of_documents_that_come_first_are_those_on_record():
     for name, budget, *cells in rows:
         pairs = zip(before[name, budget], after[name, budget], strict=True)
         assert cells == [" / ".join(percent(task, "exact_match") for task in pair) for pair in pairs]
+
+
+def test_the_figures_of_the_second_model_are_those_on_record():
+    recorded = {(one["method"], str(one["budget"] or "-")): one for one in record("compare_llava.json")["results"]}
+    rows = table("docs/results.md", "| second model | budget |")
+    assert [(SECOND[name], budget) for name, budget, *_ in rows if SECOND[name] == "full"] == [("full", "-")]
+    assert {(SECOND[name], budget) for name, budget, *_ in rows} == set(recorded)
+    for name, budget, *cells in rows:
+        one = recorded[SECOND[name], budget]
+        means = (f"{100 * one['mean'][measure]:.1f}" for measure in ("exact_match", "decode_attention_recall"))
+        assert cells == [*(percent(task, "exact_match", "anls") for task in one["tasks"].values()), *means]
+
+
+def test_the_most_attended_tokens_are_those_on_record():
+    rows = table("docs/results.md", "| most attended token (%) |")
+    for name, (_, *cells) in zip(("sinks.json", "sinks_llava.json"), rows, strict=True):
+        layers = record(name)["layers"]
+        assert cells == [f"{100 * layer['mean']:.1f}" for layer in layers]
+        assert not any("(first)" in token for layer in layers for token in layer["tokens"])
 
 
 def test_the_figures_of_peers_are_those_on_record():

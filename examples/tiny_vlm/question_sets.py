@@ -12,22 +12,31 @@ class QuestionSet(NamedTuple):
 
     Attributes:
         tasks: kinds of questions.
-        held_out_of_task: of task, count, seed and fonts, the first examples of the task.
+        held_out_examples: of count, seed and fonts, the first examples, whose tasks take turns.
+        held_out_of_task: of task, count, seed and fonts, the first examples of the task among them.
     """
 
     tasks: tuple[str, ...]
+    held_out_examples: Callable[..., Iterator[Example]]
     held_out_of_task: Callable[..., Iterator[Example]]
 
 
-PAGES = QuestionSet(pages.TASKS, pages.held_out_of_task)
-DOCUMENTS = QuestionSet(document_questions.TASKS, document_questions.held_out_of_task)
+PAGES = QuestionSet(pages.TASKS, pages.held_out_examples, pages.held_out_of_task)
+DOCUMENTS = QuestionSet(
+    document_questions.TASKS, document_questions.held_out_examples, document_questions.held_out_of_task
+)
 BY_MODEL_TYPE = {"llava_next": DOCUMENTS}
 ALL_TASKS = tuple(dict.fromkeys((*PAGES.tasks, *DOCUMENTS.tasks)))
 
 
-def questions_for(model: Any) -> QuestionSet:
+def questions_of(model_type: str) -> QuestionSet:
     """The documents in four layouts for a LLaVA-NeXT, the first model's pages for every other model."""
-    return BY_MODEL_TYPE.get(model.config.model_type, PAGES)
+    return BY_MODEL_TYPE.get(model_type, PAGES)
+
+
+def questions_for(model: Any) -> QuestionSet:
+    """The questions for a loaded model, by its type."""
+    return questions_of(model.config.model_type)
 
 
 def check_tasks(model: Any, tasks: list[str]) -> None:

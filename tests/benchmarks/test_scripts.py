@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import common
-from benchmarks.quality import compare, variations
+from benchmarks.quality import compare, share_of_prompt, sinks, variations
 from benchmarks.speed import joined, speed_and_memory
 
-SCRIPTS = [compare, joined, variations, speed_and_memory]
+SCRIPTS = [compare, joined, variations, sinks, speed_and_memory]
 HELP = """
 import runpy, sys
 sys.argv = [sys.argv[1], "--help"]
@@ -21,7 +21,7 @@ except SystemExit as stopped:
 """
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, share_of_prompt])
 def test_help_shows_the_whole_docstring_and_imports_nothing_slow(script, tmp_path):
     command = [sys.executable, "-c", HELP, script.__file__]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -41,7 +41,7 @@ def test_a_missing_package_is_named(script, package, monkeypatch, capsys):
     assert capsys.readouterr().err.endswith(f'error: needs {package}: pip install "mmshiftkv[bench]"\n')
 
 
-@pytest.mark.parametrize("script", [compare, variations])
+@pytest.mark.parametrize("script", [compare, variations, sinks])
 @pytest.mark.parametrize("package", ["numpy", "PIL", "rapidfuzz"])
 def test_a_missing_package_of_the_questions_is_named(script, package, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, package, None)

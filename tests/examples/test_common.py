@@ -111,8 +111,16 @@ def test_an_error_is_one_line_and_a_long_one_is_cut(message, shown):
 
 
 def test_true_answers_are_those_of_the_sample_documents(tmp_path):
-    for name, samples in common.sample_documents().items():
+    assert {"document_1.png", "form.png"} <= set(common.all_sample_documents())
+    for name, samples in common.all_sample_documents().items():
         for sample in samples:
             assert common.true_answer(str(common.ASSETS / name), sample["question"]) == sample["answer"]
     assert common.true_answer(str(common.ASSETS / "document_1.png"), "Why?") is None
     assert common.true_answer(str(tmp_path / "document_1.png"), "What is the Invoice?") is None
+
+
+def test_the_small_models_have_names_and_documents_of_their_own():
+    assert common.named_model("llava") == str(common.TINY_LLAVA)
+    assert common.named_model("org/name") == "org/name"
+    assert "form.png" in common.sample_documents(common.named_model("llava"))
+    assert common.sample_documents("org/name") == common.sample_documents(common.named_model("qwen"))

@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 import llava_next
-from common import ASSETS
+from common import ASSETS, TINY_LLAVA, sample_documents
 from mmshiftkv import CACHE_ARGUMENT
 from tiny_llava import FAMILIES, IMAGE_SIZE, document_image, save_tiny_llava
 
@@ -63,6 +63,13 @@ def test_two_images_can_be_asked_about(capsys, checkpoint):
     assert inputs["image_sizes"].tolist() == [[100, 300], [380, 400]]
     arguments = ["--image", images[0], "--image", images[1], "--budget", "1.0"]
     assert run(capsys, checkpoint, *arguments) == (expected, seen_by_full, seen_by_full)
+
+
+def test_the_embedded_model_reads_a_form(capsys):
+    sample = sample_documents(str(TINY_LLAVA))["form.png"][1]
+    fixed = ["--model", "llava", "--device-map", "cpu", "--image", str(ASSETS / "form.png"), "--budget", "512"]
+    llava_next.main([*fixed, "--question", sample["question"]])
+    assert capsys.readouterr().out.splitlines()[0] == sample["answer"]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -178,3 +178,15 @@ def test_builtin_font_only_pages_use_no_other_font():
 def test_sample_documents_are_the_generator_s_pages(name):
     with Image.open(ASSETS / name) as stored:
         assert np.array_equal(np.asarray(stored), np.asarray(page_image(documents.sample_page(name), seed=0)))
+
+
+def test_sample_documents_are_those_that_the_script_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["documents", str(tmp_path)])
+    documents.main()
+    assert len(list(tmp_path.iterdir())) == 7
+    for path in tmp_path.iterdir():
+        if path.suffix == ".json":
+            assert path.read_text() == (ASSETS / path.name).read_text()
+            continue
+        with Image.open(path) as written, Image.open(ASSETS / path.name) as stored:
+            assert np.array_equal(np.asarray(written), np.asarray(stored))

@@ -4,7 +4,7 @@ import re
 import pytest
 
 import quickstart
-from common import ASSETS, sample_documents
+from common import ASSETS, TINY_LLAVA, sample_documents
 from mmshiftkv.report import format_bytes
 from tiny_llava import FAMILIES, document_image, save_tiny_llava
 
@@ -65,6 +65,13 @@ def test_a_fraction_of_the_prompt_is_rounded_up(capsys):
 
 def test_a_run_can_be_repeated(capsys):
     assert run(capsys, "--budget", "24") == run(capsys, "--budget", "24")
+
+
+def test_the_second_embedded_model_reads_its_own_sample_document(capsys):
+    rows = run(capsys, "--model", "llava", "--budget", "512", "--preset", "value-aware")
+    truth = next(iter(sample_documents(str(TINY_LLAVA)).values()))[0]["answer"]
+    assert [row[4] for row in rows] == [truth, truth]
+    assert int(rows[0][1]) > 1000
 
 
 @pytest.mark.parametrize("family", FAMILIES)

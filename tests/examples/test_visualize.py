@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 import visualize
-from common import ASSETS, METHOD_NAMES, sample_documents
+from common import ASSETS, METHOD_NAMES, TINY_LLAVA, sample_documents
 from mmshiftkv import METHODS
 from tiny_llava import FAMILIES, document_image, save_tiny_llava
 
@@ -67,6 +67,12 @@ def test_llava_next(capsys, tmp_path, family):
     (line, full), _ = run(capsys, tmp_path, *arguments, "--budget", "0.2", "--max-new-tokens", "3")
     assert line.startswith("ShiftKV, budget 0.2, answer: ")
     assert full.startswith("full cache, answer: ")
+
+
+def test_the_tiles_of_the_second_embedded_model(capsys, tmp_path):
+    lines, _ = run(capsys, tmp_path, "--model", "llava", "--budget", "512")
+    truth = next(iter(sample_documents(str(TINY_LLAVA)).values()))[0]["answer"]
+    assert lines[0].startswith(f"ShiftKV, budget 512, right answer: {truth}; ")
 
 
 def test_a_layer_that_is_not_there_is_told_those_that_are(capsys):

@@ -1,4 +1,4 @@
-"""lmms-eval itself evaluates the embedded model, and a tiny LLaVA-NeXT, on documents on this disk."""
+"""lmms-eval itself evaluates the embedded model, and the small LLaVA-NeXT, on documents on this disk."""
 
 import importlib
 import importlib.util
@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import models
+from common import TINY_LLAVA
 from lmms_eval_task import MAX_NEW_TOKENS, NAME, documents, save_task
 from mmshiftkv import METHODS, make_cache
-from tiny_llava import save_tiny_llava
 from tiny_vlm.answering import answer, build_inputs
 
 needs_lmms_eval = pytest.mark.skipif(
@@ -53,13 +53,6 @@ def evaluated(task_folder):
     return evaluate
 
 
-@pytest.fixture(scope="module")
-def llava_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llava")
-    save_tiny_llava(folder)
-    return folder
-
-
 def lmms_model(name: str, model_args: str):
     from lmms_eval.models import get_model
 
@@ -84,9 +77,9 @@ def test_lmms_eval_gets_the_answers_that_the_cache_gives(method, evaluated):
 
 
 @needs_lmms_eval
-def test_the_full_cache_answers_as_the_model_of_lmms_eval_does(evaluated, llava_folder):
+def test_the_full_cache_answers_as_the_model_of_lmms_eval_does(evaluated):
     assert evaluated("qwen2_5_vl_shiftkv", f"{QWEN},method=full") == evaluated("qwen2_5_vl", f"{QWEN},device_map=cpu")
-    llava = f"pretrained={llava_folder},device=cpu"
+    llava = f"pretrained={TINY_LLAVA},device=cpu"
     full = evaluated("llava_hf_shiftkv", f"{llava},method=full")
     assert full == evaluated("llava_hf", f"{llava},device_map=cpu")
     assert full == evaluated("llava_hf_shiftkv", f"{llava},budget=10000")
@@ -120,17 +113,17 @@ def test_bad_model_args_are_refused_before_anything_is_evaluated(arguments, erro
 
 
 @needs_lmms_eval
-def test_a_crash_is_no_empty_answer(evaluated, llava_folder):
+def test_a_crash_is_no_empty_answer(evaluated):
     # Every prompt is longer than it is said to be.
-    arguments = f"pretrained={llava_folder},device=cpu,budget=40,prefill=chunked,prompt_length=9"
+    arguments = f"pretrained={TINY_LLAVA},device=cpu,budget=40,prefill=chunked,prompt_length=9"
     with pytest.raises(RuntimeError, match="generate failed: prompt_length=9, but the prompt has at least"):
         evaluated("llava_hf_shiftkv", arguments)
 
 
 @needs_lmms_eval
-def test_likelihoods_are_refused(llava_folder):
+def test_likelihoods_are_refused():
     with pytest.raises(NotImplementedError, match="loglikelihood decodes nothing"):
-        lmms_model("llava_hf_shiftkv", f"pretrained={llava_folder},device=cpu,budget=40").loglikelihood([])
+        lmms_model("llava_hf_shiftkv", f"pretrained={TINY_LLAVA},device=cpu,budget=40").loglikelihood([])
 
 
 @needs_lmms_eval

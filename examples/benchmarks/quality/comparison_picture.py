@@ -51,7 +51,7 @@ OTHER_SETTINGS = (0, (6, 1.5, 1, 1.5))
 STYLES = {
     "value-aware": Style("ShiftKV, value-aware", "#8E063B", "*", 2.6, 9),
     "shiftkv": Style("ShiftKV", "#D55E00", "o", 2.6, 6.5),
-    "value-aware-qwen": Style("ShiftKV, value-aware, Qwen settings", "#C77CFF", "H", 1.6, 7, OTHER_SETTINGS),
+    "value-aware-qwen": Style("value-aware, Qwen settings", "#C77CFF", "H", 1.6, 7, OTHER_SETTINGS),
     "qwen-settings": Style("ShiftKV, Qwen settings", "#FF7F50", (4, 1, 0), 1.6, 7, OTHER_SETTINGS),
     "half-mass": Style("ShiftKV, mass 0.5", "#F4A582", "p", 1.6, 6.5),
     "expected_attention": Style("ExpectedAttention", "#009E73", "s"),

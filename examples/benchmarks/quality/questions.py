@@ -11,8 +11,8 @@ from tiny_vlm.question_sets import ALL_TASKS, questions_for
 DEVELOPMENT_SEED = HELD_OUT_SEED + 2  # calibrate.py has the one between
 
 
-def question_arguments(budgets: Sequence[int], tasks: Sequence[str], seed: int) -> argparse.ArgumentParser:
-    """The arguments on model, questions and budgets, with these defaults, to be used as a parent parser."""
+def question_arguments(budgets: Sequence[int] | None, tasks: Sequence[str], seed: int) -> argparse.ArgumentParser:
+    """The arguments on model, questions and, unless None, budgets, with these defaults; a parent parser."""
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument
     add(
@@ -22,13 +22,14 @@ def question_arguments(budgets: Sequence[int], tasks: Sequence[str], seed: int) 
         help="folder of the model and its processor; a LLaVA-NeXT is asked about the second model's documents, every"
         " other model about the first one's pages (default: the small Qwen2.5-VL of this repository)",
     )
-    add(
-        "--budgets",
-        nargs="+",
-        type=positive_integer,
-        default=list(budgets),
-        help="tokens per layer and KV head (default: %(default)s)",
-    )
+    if budgets is not None:
+        add(
+            "--budgets",
+            nargs="+",
+            type=positive_integer,
+            default=list(budgets),
+            help="tokens per layer and KV head (default: %(default)s)",
+        )
     add("--tasks", nargs="+", choices=ALL_TASKS, default=list(tasks), help="kinds of questions (default: %(default)s)")
     add("--count", type=positive_integer, default=100, help="questions of each task (default: %(default)s)")
     add("--batch-size", type=positive_integer, default=8, help="questions answered together (default: %(default)s)")
