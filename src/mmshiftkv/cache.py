@@ -16,7 +16,7 @@ from .finite import FiniteCheck
 from .methods.base import Method, check_method
 from .model.decoder import Decoder, text_decoder
 from .model.fingerprint import check_fingerprint, fingerprint_of
-from .model.generation import GenerateCall, generate_call, is_compiling_prefill
+from .model.generation import check_turn, generate_call, is_compiling_prefill
 from .model.hooks import PrefillHooks
 from .model.precision import without_autocast
 from .prefill import Prefill, PromptSettings
@@ -261,7 +261,7 @@ class PrefillSelectionCache(DynamicCache):
         else:
             self._warn_of_numbers()
             if tokens > 1:
-                self._check_turn(tokens, generate_call(self))
+                check_turn(generate_call(self), self._prompt_ids, int(self.get_seq_length()), tokens)
             self._storage.reserve(tokens)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -385,23 +385,3 @@ class PrefillSelectionCache(DynamicCache):
             raise ValueError(f"{name}: layers of the kind {', '.join(lacking)} have no such method in transformers")
         self.end_prompt()
         self._prompt_ids = None
-
-    def _check_turn(self, tokens: int, call: GenerateCall | None) -> None:
-        """Raises ValueError if what `generate` passes behind the prompt is not what comes next."""
-        if call is None:
-            return
-        ids, known = call.ids, self._prompt_ids
-        if ids is not None and known is not None and ids.shape[0] == known.shape[0]:
-            width = known.shape[1]
-            if not ids[:, :width].equal(known.to(ids.device)):
-                raise ValueError(
-                    f"input_ids: they do not begin with the prompt of {width} columns that the cache holds; call "
-                    "reset() before another prompt"
-                )
-        seen = int(self.get_seq_length())
-        if call.columns is not None and seen + tokens != call.columns:
-            raise ValueError(
-                f"generate passes {tokens} tokens after {seen}, where {call.columns} are to be seen: transformers "
-                "feeds the whole conversation again, with every cache, in a later turn of assisted decoding or with "
-                "prefill_chunk_size (5.17), and where input_ids have nothing new; leave these out, or call reset()"
-            )

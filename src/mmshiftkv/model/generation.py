@@ -64,6 +64,33 @@ def streamer_of_generate() -> Any:
     return None if frame is None else frame.f_locals.get("streamer")
 
 
+def check_turn(call: GenerateCall | None, prompt_ids: torch.Tensor | None, seen: int, tokens: int) -> None:
+    """Raises ValueError if what `generate` passes behind the prompt is not what comes next.
+
+    Args:
+        call: the call under way; None if there is none.
+        prompt_ids: (B, T) int64, of the prompt that the cache holds; None where they are not known.
+        seen: columns that the cache has seen.
+        tokens: columns of the pass.
+    """
+    if call is None:
+        return
+    ids = call.ids
+    if ids is not None and prompt_ids is not None and ids.shape[0] == prompt_ids.shape[0]:
+        width = prompt_ids.shape[1]
+        if not ids[:, :width].equal(prompt_ids.to(ids.device)):
+            raise ValueError(
+                f"input_ids: they do not begin with the prompt of {width} columns that the cache holds; call "
+                "reset() before another prompt"
+            )
+    if call.columns is not None and seen + tokens != call.columns:
+        raise ValueError(
+            f"generate passes {tokens} tokens after {seen}, where {call.columns} are to be seen: transformers "
+            "feeds the whole conversation again, with every cache, in a later turn of assisted decoding or with "
+            "prefill_chunk_size (5.17), and where input_ids have nothing new; leave these out, or call reset()"
+        )
+
+
 def _is_generate(frame: FrameType, *names: str) -> bool:
     return frame.f_code.co_name in names and frame.f_globals.get("__name__") == utils.__name__
 
