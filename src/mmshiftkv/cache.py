@@ -260,8 +260,8 @@ class PrefillSelectionCache(DynamicCache):
             self._prefill.begin_pass(self, tokens, call)
         else:
             self._warn_of_numbers()
-            if tokens > 1:
-                check_turn(generate_call(self), self._prompt_ids, int(self.get_seq_length()), tokens)
+            if tokens > 1 and (call := generate_call(self)) is not None:
+                check_turn(call, self._prompt_ids, int(self.get_seq_length()), tokens)
             self._storage.reserve(tokens)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:

@@ -64,17 +64,15 @@ def streamer_of_generate() -> Any:
     return None if frame is None else frame.f_locals.get("streamer")
 
 
-def check_turn(call: GenerateCall | None, prompt_ids: torch.Tensor | None, seen: int, tokens: int) -> None:
+def check_turn(call: GenerateCall, prompt_ids: torch.Tensor | None, seen: int, tokens: int) -> None:
     """Raises ValueError if what `generate` passes behind the prompt is not what comes next.
 
     Args:
-        call: the call under way; None if there is none.
+        call: the call under way.
         prompt_ids: (B, T) int64, of the prompt that the cache holds; None where they are not known.
         seen: columns that the cache has seen.
         tokens: columns of the pass.
     """
-    if call is None:
-        return
     ids = call.ids
     if ids is not None and prompt_ids is not None and ids.shape[0] == prompt_ids.shape[0]:
         width = prompt_ids.shape[1]

@@ -20,7 +20,7 @@ _lock = threading.Lock()
 
 
 def _prepare_for_graphs() -> None:
-    """Gives this thread what CUDA graphs of torch.compile keep for each: before torch 2.14 only some threads have it."""
+    """Gives this thread what CUDA graphs of torch.compile keep for each: some versions of torch do not (2.11)."""
     if not torch.cuda.is_available():
         return
     from torch._inductor.cudagraph_trees import local
