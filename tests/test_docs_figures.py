@@ -224,3 +224,18 @@ def test_the_other_methods_take_the_settings_that_they_are_said_to(vision_case):
         cache, plain = (make_cache(name.strip('"'), model, 64, **keywords) for keywords in (given, {}))
         assert type(cache).__name__ in kind
         assert getattr(cache, "_method", None) == getattr(plain, "_method", None)  # they are the defaults
+
+
+def test_the_figures_of_joined_prompts_are_those_on_record():
+    rows = table("docs/performance.md", "| batch of 8 | decoding |")
+    recorded = record("joined.json")["rows"]
+    assert {row["batch"] for row in recorded} == {8}
+    assert {row["tokens"] for row in recorded} == {8192}
+    expected = [
+        [
+            *(row["cache"], row["decoding"], f"{row['milliseconds']:.2f} ms", f"{row['tokens_per_second']:,.0f}"),
+            *(f"{row[name] / 2**20:,.0f} MiB" for name in ("cache_bytes", "peak_bytes")),
+        ]
+        for row in recorded
+    ]
+    assert rows == expected
