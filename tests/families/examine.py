@@ -17,6 +17,8 @@ from .surroundings import changes, seen_around
 
 # What a family's check may say and still be counted as working.
 _FINE = (PASSED, "compiled", "grows: ", "not checked: ")
+# What the library says of a model that it only knows by its first prompt.
+_REFUSED = "ValueError: model: "
 _ATTENTIONS = ("sdpa", "eager")
 # Smaller than a prompt, and than what is decoded behind it.
 _SMALL_WINDOW = 16
@@ -135,5 +137,7 @@ def _outcome(record: Record) -> Record:
     for kind in ("text", "window", "images"):
         for name, result in record.get(kind, {}).items():
             if name != "made by" and not result.startswith(_FINE):
+                if result.startswith(_REFUSED):
+                    return {"outcome": "refused", "reason": result}
                 return {"outcome": "faulty", "reason": f"{kind}, {name.replace('_', ' ')}: {result}"}
     return {"outcome": "works"}

@@ -41,7 +41,7 @@ def block(record: dict[str, Any]) -> str:
         "family's own processor.",
         _rows(("decoding", "families"), _grouped(works, _decoding, _starred)),
     ]
-    for title, some in (("Refused when the cache is built", refused), ("Built, but with faults", faulty)):
+    for title, some in (("Refused", refused), ("Built, but with faults", faulty)):
         if some:
             rows = [(f"`{name}`", _cell(each["reason"])) for name, each in some.items()]
             parts += [f"**{title}:**", _rows(("family", "why"), rows)]
