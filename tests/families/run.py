@@ -2,7 +2,7 @@
 
     python tests/families/run.py                                   # all, and record.json anew
     python tests/families/run.py --families qwen3_vl gemma4        # these, into record.json
-    python tests/families/run.py --json /tmp/families.json         # another record
+    python tests/families/run.py --json families.json              # another record
 
 On a CPU, offline, in float32.  Families whose parts need packages that `.[dev]` does not bring (timm, scipy, num2words)
 are listed as not built without them.
