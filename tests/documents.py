@@ -17,7 +17,7 @@ DOCUMENTS = [
 ]
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
 # Packages that a snippet may need and `.[dev]` does not bring, and what they warn of themselves.
-OPTIONAL = {"peft": "is_gradient_checkpointing"}
+OPTIONAL = {"peft": "is_gradient_checkpointing", "outlines": "outlines"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 

@@ -84,7 +84,25 @@ SUPPORTED = {
     "seed_oss": {},
 }
 
-# Decoders some of whose layers are not full attention, by model type.
+# Decoders that cap their logits or have learned sinks, by model type: `sinks_or_capping_model` builds them.
+SINKS_OR_CAPPING = {
+    "gemma2": {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 4},
+    "gpt_oss": {
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+
+_DELTA = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+
+# Decoders some of whose layers are not full attention, by model type: sliding windows, chunks, shared keys and values,
+# convolutions and linear attention.
 HYBRIDS = {
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 16},
     "qwen2": {
@@ -92,7 +110,42 @@ HYBRIDS = {
         "sliding_window": 16,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
     },
+    "gpt_oss": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "attention": "eager",  # sdpa has no sinks
+    },
+    "cohere2": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 16},
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "sliding_window": 16,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 128,
+    },
+    "llama4_text": {
+        "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+        "no_rope_layers": [1, 0, 1],
+        "attention_chunk_size": 16,
+        "intermediate_size_mlp": 96,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
+    },
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention", "linear_attention"], **_DELTA},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        **_DELTA,
+    },
 }
 
 
@@ -102,6 +155,17 @@ def text_model(model_type: str = "llama", *, attention: str = "sdpa", seed: int 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
+
+
+def sinks_or_capping_model(model_type: str, **changes) -> PreTrainedModel:
+    """A decoder of `SINKS_OR_CAPPING`, with full attention in all layers; sinks take about half of the mass."""
+    given = {"layer_types": ["full_attention"] * 3, **SINKS_OR_CAPPING[model_type], **changes}
+    model = text_model(model_type, attention="eager", **given)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            parameter.data = 4 + torch.randn(parameter.shape, generator=generator)
+    return model
 
 
 def prompt_ids(rows: int = 1, tokens: int = 40, *, seed: int = 0) -> torch.Tensor:

@@ -93,6 +93,18 @@ def test_the_most_attended_tokens_are_those_on_record():
         assert not any("(first)" in token for layer in layers for token in layer["tokens"])
 
 
+def test_the_figures_of_documents_that_come_first_are_those_on_record():
+    names = ("compare_question_first_40.json", "compare_document_first_40.json")
+    before, after = (recorded_tasks([name]) for name in names)
+    assert {task["count"] for tasks in after.values() for task in tasks} == {40}
+    assert [record(name)["settings"]["document_first"] for name in names] == [False, True]
+    rows = table("docs/results.md", "| before / after | budget |")
+    assert {tuple(row[:2]) for row in rows} == set(before) == set(after)
+    for name, budget, *cells in rows:
+        pairs = zip(before[name, budget], after[name, budget], strict=True)
+        assert cells == [" / ".join(percent(task, "exact_match") for task in pair) for pair in pairs]
+
+
 def test_the_figures_of_peers_are_those_on_record():
     recorded = recorded_tasks(PEERS)
     assert {task["count"] for tasks in recorded.values() for task in tasks} == {140}

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import models
+from families.configs import all_families, tiny_model
 from mmshiftkv import PrefillSelectionCache, ShiftKVCache, ShiftKVConfig, select_tokens
 from mmshiftkv.methods.shiftkv import ShiftKV
 from test_exactness import assert_same, generate
@@ -207,3 +208,27 @@ def test_a_model_over_two_devices(gpu_case, family):
     for index in range(layers):
         assert cache.kept_indices(index).device == cache.layers[index].keys.device
         assert cache.kept_indices(index).cpu().equal(expected.kept_indices(index).cpu())
+
+
+ASKED = ("phi3", "gpt_oss", "gemma2", "deepseek_v3", "llama4_text", "gemma4_text", "qwen3_5_text", "cohere2", "jetmoe")
+
+
+@pytest.mark.parametrize("preset", ["published", "value-aware"])
+@pytest.mark.parametrize("name", ASKED)
+def test_other_queries_and_logits_with_kernels_and_without(name, preset):
+    """Asked queries, latents, learned sinks, soft-capping: Triton keeps what plain torch keeps, and never waits."""
+    families = {family.name: family for family in all_families()}
+    if name not in families:
+        pytest.skip(f"this transformers has no {name}")
+    model = tiny_model(families[name], "eager").to("cuda")
+    caches = [ShiftKVCache(model, budget=9, preset=preset, backend=backend) for backend in ("triton", "torch")]
+    with torch.no_grad():
+        for cache in caches:
+            model(models.prompt_ids(2, 70).cuda(), past_key_values=cache, use_cache=True)
+    for index in range(len(caches[0].layers)):
+        kept, expected = (cache.kept_indices(index) for cache in caches)
+        assert (kept is None and expected is None) or kept.equal(expected)
+    token = models.prompt_ids(2, 1).cuda()
+    with torch.no_grad():
+        found, other = (model(token, past_key_values=cache, use_cache=True).logits for cache in caches)
+    torch.testing.assert_close(found, other, atol=1e-3, rtol=1e-3)

@@ -130,7 +130,7 @@ def test_wrong_scores_are_refused_with_the_methods_name(model, answer, message):
     ("change", "message"),
     [
         (lambda values: values[..., :-1], r"Refitted.refit returned torch.float32 \(1, 2, 4, 15\) on cpu, must return"),
-        (lambda values: values.double(), r"must return torch.float32 \(B, H_kv, C, D\) = \(1, 2, 4, 16\) on cpu"),
+        (lambda values: values.double(), r"must return torch.float32 \(B, H_kv, C, D_v\) = \(1, 2, 4, 16\) on cpu"),
         (lambda values: 3, "Refitted.refit returned a int, must return a tensor or None"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -56,8 +57,48 @@ def check_valid(valid: torch.Tensor | None, like_name: str, like: torch.Tensor, 
         check_device("valid", valid, like_name, like)
 
 
+def check_flag(not_finite: torch.Tensor | None, like_name: str, like: torch.Tensor) -> None:
+    """Raises ValueError unless `not_finite` is None or a (1,) bool flag on the device of `like`."""
+    if not_finite is not None:
+        check_shape("not_finite", not_finite, "(1,)", (1,))
+        check_dtype("not_finite", not_finite, torch.bool)
+        check_device("not_finite", not_finite, like_name, like)
+
+
+def check_out(out: tuple[torch.Tensor, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, count: int) -> None:
+    """Raises TypeError or ValueError unless `out` is storage for `count` tokens of these keys and values."""
+    check_pair("out", out)
+    check_shape("out[0]", out[0], "(B, H_kv, S, D)", (*keys.shape[:2], None, keys.shape[3]))
+    check_shape("out[1]", out[1], "(B, H_kv, S, D_v)", (*out[0].shape[:3], values.shape[3]))
+    if out[0].shape[2] < count:
+        raise ValueError(
+            f"out has {out[0].shape[2]} slots, must have at least as many as the {count} tokens of indices"
+        )
+    check_alike("out[0]", out[0], "keys", keys)
+    check_alike("out[1]", out[1], "values", values)
+
+
 def check_positive(name: str, value: float, most: float = math.inf) -> None:
     """Raises ValueError unless 0 < value <= most, and finite."""
     if not 0 < value <= most or value == math.inf:
         limit = "" if most == math.inf else f" and at most {most}"
         raise ValueError(f"{name}={value!r} must be more than 0{limit}, and finite")
+
+
+def checked_logits(
+    name: str, queries: torch.Tensor, scaling: float, softcap: float | None, sinks: torch.Tensor | None
+) -> dict[str, Any]:
+    """How logits are made of the queries `name`, (B, H, n, D), as keywords of the operations.
+
+    Raises:
+        ValueError: `scaling` or `softcap` is not positive and finite, or `sinks` no floating (H,) on their device.
+    """
+    check_positive("scaling", scaling)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    if sinks is not None:
+        check_shape("sinks", sinks, "(H,)", queries.shape[1:2])
+        if not sinks.is_floating_point():
+            raise ValueError(f"sinks is {sinks.dtype}, must be of a floating dtype")
+        check_device("sinks", sinks, name, queries)
+    return {"scaling": scaling, "softcap": softcap, "sinks": sinks}

@@ -19,10 +19,12 @@ from .checks import (
     check_contiguous,
     check_device,
     check_dtype,
-    check_pair,
+    check_flag,
+    check_out,
     check_positive,
     check_shape,
     check_valid,
+    checked_logits,
 )
 from .device import is_interpreted, takes_triton
 
@@ -128,6 +130,8 @@ def group_mass(
     *,
     num_groups: int,
     scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,12 +140,13 @@ def group_mass(
     _check_prompt(proxy_queries, keys, None, valid)
     if num_groups < 1 or proxies == 0 or proxies % num_groups:
         raise ValueError(f"num_groups={num_groups!r} must be a divisor of the {proxies} proxies in proxy_queries")
-    check_positive("scaling", scaling)
+    logits = checked_logits("proxy_queries", proxy_queries, scaling, softcap, sinks)
+    arguments: dict[str, Any] = {"num_groups": num_groups, **logits, "valid": valid}
     if takes_triton(backend, keys.device, unless=_no_product(keys)):
         from .fused.group_mass import group_mass as fused
 
-        return fused(proxy_queries, last_query, keys, num_groups=num_groups, scaling=scaling, valid=valid)
-    return reference.group_mass(proxy_queries, last_query, keys, num_groups=num_groups, scaling=scaling, valid=valid)
+        return fused(proxy_queries, last_query, keys, **arguments)
+    return reference.group_mass(proxy_queries, last_query, keys, **arguments)
 
 
 def value_scores(
@@ -152,6 +157,8 @@ def value_scores(
     *,
     scaling: float,
     last_weight: float = 1.0,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -159,10 +166,10 @@ def value_scores(
     if _check_queries(proxy_queries, last_query)[2] == 0:
         raise ValueError("proxy_queries has no proxies, must have at least 1")
     _check_prompt(proxy_queries, keys, values, valid)
-    check_positive("scaling", scaling)
+    logits = checked_logits("proxy_queries", proxy_queries, scaling, softcap, sinks)
     if not 0 <= last_weight < math.inf:
         raise ValueError(f"last_weight={last_weight!r} must be at least 0, and finite")
-    arguments: dict[str, Any] = {"scaling": scaling, "last_weight": last_weight, "valid": valid}
+    arguments: dict[str, Any] = {**logits, "last_weight": last_weight, "valid": valid}
     if takes_triton(backend, keys.device, unless=_no_product(keys, values)):
         from .fused.value_scores import value_scores as fused
 
@@ -176,18 +183,20 @@ def attend(
     values: torch.Tensor,
     *,
     scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """What queries (B, H, n, D) behind a prompt get from it: (B, H, n, D_v) float32."""
     check_shape("queries", queries, "(B, H, n, D)", (None, None, None, None))
     _check_prompt(queries, keys, values, valid, "queries")
-    check_positive("scaling", scaling)
+    logits = checked_logits("queries", queries, scaling, softcap, sinks)
     if takes_triton(backend, keys.device, unless=_no_product(keys, values)):
         from .fused.attend import attend as fused
 
-        return fused(queries, keys, values, scaling=scaling, valid=valid)
-    return reference.attend(queries, keys, values, scaling=scaling, valid=valid)
+        return fused(queries, keys, values, **logits, valid=valid)
+    return reference.attend(queries, keys, values, **logits, valid=valid)
 
 
 def refit_values(
@@ -200,6 +209,8 @@ def refit_values(
     scaling: float,
     ridge: float,
     steps: int,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -212,10 +223,10 @@ def refit_values(
     check_shape("kept", kept, "(B, H_kv, C)", (*keys.shape[:2], None))
     check_dtype("kept", kept, torch.int64)
     check_device("kept", kept, "keys", keys)
-    check_positive("scaling", scaling)
+    logits = checked_logits("queries", queries, scaling, softcap, sinks)
     check_positive("ridge", ridge)
     check_positive("steps", steps)
-    arguments: dict[str, Any] = {"scaling": scaling, "ridge": ridge, "steps": steps, "valid": valid}
+    arguments: dict[str, Any] = {**logits, "ridge": ridge, "steps": steps, "valid": valid}
     if takes_triton(backend, keys.device, unless=_no_product(keys, values)):
         from .fused.refit_values import refit_values as fused
 
@@ -256,7 +267,7 @@ def keep_best(
     check_valid(valid, "scores", scores, scores.shape[0], scores.shape[2])
     if not 1 <= count <= scores.shape[2]:
         raise ValueError(f"count={count!r} must be from 1 to the {scores.shape[2]} tokens of scores")
-    _check_flag(not_finite, "scores", scores)
+    check_flag(not_finite, "scores", scores)
     if takes_triton(backend, scores.device):
         from .fused.keep_best import keep_best as fused
 
@@ -286,9 +297,9 @@ def gather(
     check_device("values", values, "keys", keys)
     check_device("indices", indices, "keys", keys)
     if out is not None:
-        _check_out(out, keys, values, indices.shape[2])
+        check_out(out, keys, values, indices.shape[2])
     check_valid(valid, "keys", keys, keys.shape[0], keys.shape[2])
-    _check_flag(not_finite, "keys", keys)
+    check_flag(not_finite, "keys", keys)
     if takes_triton(backend, keys.device):
         from .fused.gather import gather as fused
 
@@ -320,25 +331,6 @@ def project_token(
 
         return fused(state, weights, biases)
     return reference.project_token(state, weights, biases)
-
-
-def _check_flag(not_finite: torch.Tensor | None, like_name: str, like: torch.Tensor) -> None:
-    if not_finite is not None:
-        check_shape("not_finite", not_finite, "(1,)", (1,))
-        check_dtype("not_finite", not_finite, torch.bool)
-        check_device("not_finite", not_finite, like_name, like)
-
-
-def _check_out(out: tuple[torch.Tensor, torch.Tensor], keys: torch.Tensor, values: torch.Tensor, count: int) -> None:
-    check_pair("out", out)
-    check_shape("out[0]", out[0], "(B, H_kv, S, D)", (*keys.shape[:2], None, keys.shape[3]))
-    check_shape("out[1]", out[1], "(B, H_kv, S, D_v)", (*out[0].shape[:3], values.shape[3]))
-    if out[0].shape[2] < count:
-        raise ValueError(
-            f"out has {out[0].shape[2]} slots, must have at least as many as the {count} tokens of indices"
-        )
-    check_alike("out[0]", out[0], "keys", keys)
-    check_alike("out[1]", out[1], "values", values)
 
 
 def _check_queries(proxy_queries: torch.Tensor, last_query: torch.Tensor) -> torch.Size:

@@ -6,6 +6,7 @@ from .analysis.visual_tokens import TokenGrid, VisualTokenMap, visual_token_map
 from .cache import PrefillSelectionCache
 from .decode.backend import decoding_backend
 from .decode.loop import decode_ahead
+from .joining import join
 from .methods.base import Method
 from .methods.config import ShiftKVConfig
 from .methods.selection import refit_values, select_tokens
@@ -23,16 +24,22 @@ from .registry import (
     register_method,
 )
 from .report import CacheReport
+from .support import ModelSupport, model_support
+from .use.conversation import Conversation
+from .use.document import Document
 
 __all__ = [
     "CACHE_ARGUMENT",
     "METHODS",
     "CacheReport",
     "Calibration",
+    "Conversation",
+    "Document",
     "ExpectedAttentionCache",
     "KeyDiffCache",
     "LayerInput",
     "Method",
+    "ModelSupport",
     "PrefillSelectionCache",
     "RandomCache",
     "ShiftKVCache",
@@ -44,8 +51,10 @@ __all__ = [
     "decode_ahead",
     "decoding_backend",
     "draw_heatmap",
+    "join",
     "make_cache",
     "measure_statistics",
+    "model_support",
     "refit_values",
     "register_method",
     "select_tokens",

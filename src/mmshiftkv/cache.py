@@ -1,9 +1,11 @@
 """What transformers calls: a DynamicCache that selects from each layer's prompt while it is being prefilled."""
 
 import copy
+import os
 import warnings
+from dataclasses import asdict, replace
 from numbers import Integral
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel
@@ -13,13 +15,17 @@ from .checks import BACKENDS, check_budget, check_choice, check_prefill
 from .finite import FiniteCheck
 from .methods.base import Method, check_method
 from .model.decoder import Decoder, text_decoder
+from .model.fingerprint import check_fingerprint, fingerprint_of
 from .model.generation import GenerateCall, generate_call, is_compiling_prefill
 from .model.hooks import PrefillHooks
-from .model.queries import without_autocast
+from .model.precision import without_autocast
 from .prefill import Prefill, PromptSettings
 from .report import CacheReport, report_of
+from .saving import SavedCache, read, write
 from .storage.base import Pair, Storage
 from .storage.growing import GrowingLayer, GrowingStorage
+from .storage.held import HeldLayer, held_by
+from .storage.others import check_crop
 from .storage.static import StaticStorage, obstacle_to_compiling
 
 
@@ -28,7 +34,7 @@ class PrefillSelectionCache(DynamicCache):
 
     The prompt itself is attended to in full; only what is stored is less.  Later tokens, those of later chat turns
     included, are all stored.  Positions go on as if nothing had been dropped.  Layers of other kinds (sliding window,
-    linear attention, shared) are what `DynamicCache(config=...)` makes them.
+    linear attention, shared) hold what those of `DynamicCache(config=...)` do.
 
     One cache serves one conversation at a time: call `reset()` before another prompt.  Gradients do not flow through
     what is stored.
@@ -45,7 +51,7 @@ class PrefillSelectionCache(DynamicCache):
 
     Raises:
         TypeError, ValueError: `model` is not supported (the message names what is missing), `method` is none, or a bad
-            budget or prefill.
+            budget or prefill; or the method cannot score what a layer of the model stores.
     """
 
     def __init__(
@@ -72,18 +78,25 @@ class PrefillSelectionCache(DynamicCache):
         # Exactly this class: its subclasses drop or share tokens by rules of their own.
         self._selected = [index for index, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
         if not self._selected:
-            raise ValueError(f"model: {type(model).__name__} is not supported: it has no full-attention layer")
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in self.layers}))
+            raise ValueError(
+                f"model: {type(model).__name__} is not supported: it has no full-attention layer that holds nothing "
+                f"else (its cache layers: {kinds})"
+            )
         self._decoder = Decoder(model, self._selected)
+        for layer in self._decoder.attention.values():
+            method.check(layer)
         self._method = method
         self._settings = PromptSettings(budget, prefill, prompt_length, backend)
         self._hooks = PrefillHooks(self._decoder)
+        self._max_new_tokens = max_new_tokens
         self._own_storage = self._make_storage(max_new_tokens)
         self._begin_conversation()
 
     def _make_storage(self, max_new_tokens: int | None) -> Storage:
         settings = self._settings
         if max_new_tokens is not None:
-            obstacle = obstacle_to_compiling(self._decoder, len(self.layers))
+            obstacle = obstacle_to_compiling(self._decoder, self._decoder.fresh_layers())
             if obstacle is None:
                 return StaticStorage(self._decoder, settings.budget, max_new_tokens, settings.backend)
             warnings.warn(
@@ -93,9 +106,12 @@ class PrefillSelectionCache(DynamicCache):
         return GrowingStorage(settings.backend)
 
     def _begin_conversation(self) -> None:
-        for index in self._selected:
-            self.layers[index] = GrowingLayer()
         self._storage = self._own_storage
+        # transformers before 5.18 resets sliding layers by zeros, which the next prompt would attend to: all are new.
+        self.layers[:] = [
+            GrowingLayer() if index in self._selected else self._storage.take_in(index, layer)
+            for index, layer in enumerate(self._decoder.fresh_layers())
+        ]
         # None as soon as the prompt has been selected from: then every token is stored.
         self._prefill: Prefill | None = Prefill(self._settings, self._decoder, self._hooks, self._method, self._storage)
         self._prompt_ids: torch.Tensor | None = None
@@ -129,10 +145,101 @@ class PrefillSelectionCache(DynamicCache):
         self._warn_of_numbers()
         return report_of(self.layers)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes what the cache holds into a file, safetensors with JSON in its metadata.
+
+        Raises:
+            ValueError: there is no complete prompt, or the model has layers of other kinds than full attention.
+            OSError: the file cannot be written; what was there stays as it was.
+        """
+        write(path, self.saved())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, **changes: Any) -> Self:
+        """A cache that goes on where the saved one was.
+
+        Args:
+            path: a file of `save`, of a cache of this class.
+            model: the model that it was saved with.
+            changes: settings to take in place of the saved ones, such as `max_new_tokens` and `backend`; those of the
+                selection have an effect on later prompts only.  A cache with a method of one's own needs `method`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            TypeError, ValueError: the file is damaged, of a newer version, of another class or of another model; or as
+                the class says.
+        """
+        return cls.of_saved(read(path), path, model, **changes)
+
+    @classmethod
+    def of_saved(cls, saved: SavedCache, path: Any, model: PreTrainedModel, **changes: Any) -> Self:
+        """As `load`, of a file that has been read."""
+        if saved.kind != cls.__name__:
+            raise ValueError(f"{path}: holds a {saved.kind}, not a {cls.__name__}; use {saved.kind}.load")
+        cache = cls(model, **{**saved.settings, **changes})
+        check_fingerprint(saved.fingerprint, cache._decoder, path)
+        keeps_slots = cache._max_new_tokens == saved.settings["max_new_tokens"]
+        cache._go_on_with(
+            {index: held if keeps_slots else replace(held, slots=None) for index, held in saved.layers.items()},
+            saved.prompt_ids,
+        )
+        return cache
+
+    def saved(self) -> SavedCache:
+        """What `save` writes; raises as it does."""
+        return SavedCache(
+            type(self).__name__,
+            self._settings_to_save(),
+            fingerprint_of(self._decoder),
+            self.held_layers(),
+            self._prompt_ids,
+        )
+
+    def _settings_to_save(self) -> dict[str, Any]:
+        """What the constructor takes besides the model, and a method of one's own."""
+        return {**asdict(self._settings), "max_new_tokens": self._max_new_tokens}
+
+    def held_layers(self) -> dict[int, HeldLayer]:
+        """By number, what each layer holds; views of the storage.
+
+        Raises:
+            ValueError: there is no complete prompt, or the model has layers of other kinds than full attention.
+        """
+        if self._prefill is not None:
+            raise ValueError("the cache holds no complete prompt: prefill one, and call end_prompt() behind chunks")
+        if len(self._selected) < len(self.layers):
+            others = [index for index in range(len(self.layers)) if index not in self._selected]
+            raise ValueError(f"layers {others} are no full-attention layers: such caches are neither saved nor joined")
+        return {index: held_by(self.layers[index]) for index in self._selected}
+
+    def is_of_model_of(self, other: "PrefillSelectionCache") -> bool:
+        """Whether both were built for the same model."""
+        return self._decoder.blocks[0] is other._decoder.blocks[0]
+
+    def with_layers(self, held: dict[int, HeldLayer], max_new_tokens: int | None) -> Self:
+        """A new cache with the settings of this one, `max_new_tokens` and copies of other layers."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.layers = self._decoder.fresh_layers()
+        twin._hooks = PrefillHooks(self._decoder)
+        twin._max_new_tokens = max_new_tokens
+        twin._own_storage = twin._make_storage(max_new_tokens)
+        twin._begin_conversation()
+        twin._go_on_with(held, None)
+        return twin
+
+    @torch.no_grad()
+    def _go_on_with(self, held: dict[int, HeldLayer], prompt_ids: torch.Tensor | None) -> None:
+        for index, layer in held.items():
+            device = next(self._decoder.attention[index].module.parameters()).device
+            self.layers[index] = self._storage.restore(index, layer.to(device))
+        self._prefill, self._prompt_ids = None, prompt_ids
+
     @property
     def is_compileable(self) -> bool:
         """Whether `generate` may compile decoding: `max_new_tokens` was given, and nothing is in the way."""
-        return self._storage.is_compileable and not is_compiling_prefill()
+        is_recording = any(getattr(layer, "record_past", False) for layer in self.layers)
+        return self._storage.is_compileable and not is_recording and not is_compiling_prefill()
 
     def has_room_for(self, tokens: int) -> bool:
         """Whether so many more tokens fit into what `max_new_tokens` reserved; True where storage grows."""
@@ -212,7 +319,8 @@ class PrefillSelectionCache(DynamicCache):
         """Removes the last tokens; `tokens_to_remove` is their number, negative.
 
         Raises:
-            ValueError: it is positive, or reaches into a compressed prompt; nothing is changed then.
+            ValueError: it is positive, reaches into a compressed prompt, or a layer that is not compressed cannot take
+                tokens back; nothing is changed then.
         """
         tokens_to_remove = int(tokens_to_remove)  # assisted decoding may pass a tensor
         for index in self._selected:
@@ -225,7 +333,12 @@ class PrefillSelectionCache(DynamicCache):
         if tokens_to_remove and self.layers[self._selected[0]].stored == -tokens_to_remove:
             self.reset()
             return
-        super().crop(tokens_to_remove)
+        for layer in self.layers:
+            check_crop(layer, tokens_to_remove)
+        for layer in self.layers:
+            # While the past is recorded, transformers' layers drop what they do not need any more even if it is none.
+            if tokens_to_remove or getattr(layer, "record_past", False):
+                layer.crop(tokens_to_remove)
         if self._prompt_ids is not None:
             self._prompt_ids = self._prompt_ids[:, : self.layers[self._selected[0]].prompt_columns]
 
@@ -240,26 +353,36 @@ class PrefillSelectionCache(DynamicCache):
         """Empties the cache for another prompt."""
         self._hooks.detach()
         self._own_storage.release()
-        # transformers before 5.18 fills sliding layers with zeros, which the next prompt would attend to.
-        self.layers[:] = self._decoder.fresh_layers()
         self._begin_conversation()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Takes the batch rows `beam_idx`, in that order."""
-        self._before_rows_change()
+        self._before_rows_change("reorder_cache")
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each batch row `repeats` times."""
-        self._before_rows_change()
+        """Repeats each batch row `repeats` times.
+
+        Raises:
+            ValueError: as `batch_select_indices`.
+        """
+        self._before_rows_change("batch_repeat_interleave")
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Takes the batch rows `indices`: numbers or a boolean mask."""
-        self._before_rows_change()
+        """Takes the batch rows `indices`: numbers or a boolean mask.
+
+        Raises:
+            ValueError: storage grows, and the model has layers of linear attention, which cannot do that in
+                transformers; nothing is changed then.
+        """
+        self._before_rows_change("batch_select_indices")
         super().batch_select_indices(indices)
 
-    def _before_rows_change(self) -> None:
+    def _before_rows_change(self, name: str) -> None:
+        lacking = sorted({type(layer).__name__ for layer in self.layers if not hasattr(layer, name)})
+        if lacking:
+            raise ValueError(f"{name}: layers of the kind {', '.join(lacking)} have no such method in transformers")
         self.end_prompt()
         self._prompt_ids = None
 

@@ -109,9 +109,10 @@ class Prefill:
         if tokens == 0:
             raise ValueError("input_ids: the prompt is empty; at least one token is needed")
         self._end = self._end_of_prompt(tokens, call)
-        if call is not None and not call.uses_cache and not self._covers(self._seen + tokens):
+        if call is not None and not call.uses_cache:
             raise ValueError(
-                "use_cache=False: generate would pass the whole text to the cache at every step; leave it out"
+                "use_cache=False, in the call or in the model's generation_config: generate would pass the whole text "
+                "to the cache at every step, with every cache; give use_cache=True"
             )
         self._hooks.attach(cache)
 
@@ -199,7 +200,8 @@ class Prefill:
             raise ValueError(
                 f"model: layer {index} was not seen while it got its prompt.  Either the cache was built for "
                 "another model than the one that is run (build it for this one), the model was given a 4-D "
-                "attention_mask (give it the 2-D one), or another prefill of the same model began before this one ended"
+                "attention_mask (give it the 2-D one), another prefill of the same model began before this one ended, "
+                "or the model never asks its cache for get_mask_sizes"
             )
         if not self._arrived:
             self._padding = PromptPadding(inputs.mask, keys.shape[0], seen, keys.device)
@@ -224,11 +226,14 @@ class Prefill:
             valid = None if valid is None else valid[:, :tokens]
             attention = self._decoder.attention[index]
             summary = self._method.prepare(attention, self._summaries[index], valid)
-            scores = checked_scores(self._method, self._method.score(attention, summary, keys, values, valid), keys)
+            attended = attention.attended(keys, values)
+            scores = checked_scores(self._method, self._method.score(attention, summary, *attended, valid), attended[0])
+            scores = attention.of_stored(scores, keys.shape[1])
             not_finite = self.finite.flag(keys.device)
             kept = keep_best(scores, count, valid, not_finite=not_finite, backend=self._settings.backend)
-            refitted = self._method.refit(attention, summary, keys, values, kept, valid)
-            refitted = checked_values(self._method, refitted, values, kept)
+            if not attention.stores_latents:
+                refitted = self._method.refit(attention, summary, keys, values, kept, valid)
+                refitted = checked_values(self._method, refitted, values, kept)
         self._summaries.pop(index, None)
         self._ended += 1
         return self._storage.store(index, layer, Selection(kept, keys, values, refitted, valid, not_finite))

@@ -12,8 +12,8 @@ methods:
   of the prompt that comes out smaller keeps the first sinks, or the last tokens of the window.
 """
 
-from dataclasses import fields, is_dataclass
-from typing import Any, ClassVar
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, ClassVar, Self
 
 from transformers import Cache, DynamicCache, PreTrainedModel
 
@@ -28,6 +28,7 @@ from .methods.shiftkv import ShiftKV
 from .methods.snapkv import SnapKV
 from .methods.streaming_llm import StreamingLLM
 from .model.decoder import text_decoder
+from .storage.held import HeldLayer
 
 
 class ShiftKVCache(PrefillSelectionCache):
@@ -66,6 +67,15 @@ class ShiftKVCache(PrefillSelectionCache):
             backend=config.backend,
         )
         config.check_layers(len(self._decoder.blocks))
+
+    def _settings_to_save(self) -> dict[str, Any]:
+        return asdict(self.config)
+
+    def with_layers(self, held: dict[int, HeldLayer], max_new_tokens: int | None) -> Self:
+        """As in `PrefillSelectionCache`."""
+        twin = super().with_layers(held, max_new_tokens)
+        twin.config = self.config.replace(max_new_tokens=max_new_tokens)
+        return twin
 
 
 class MethodCache(PrefillSelectionCache):
@@ -108,6 +118,10 @@ class MethodCache(PrefillSelectionCache):
             prompt_length=prompt_length,
             backend=backend,
         )
+
+    def _settings_to_save(self) -> dict[str, Any]:
+        own = {name: getattr(self._method, name) for name in settings_of(self.method_type)}
+        return {**super()._settings_to_save(), **own}
 
 
 def settings_of(method_type: type[Method]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .storage.base import SelectedLayer
+from .storage.windows import WindowLayer
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,19 @@ class CacheReport:
             for layer in self.layers
         ]
         rows.append(("all", *_row(self.tokens_seen, self.tokens_stored, self)))
-        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-        lines = [
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]
-        ]
+        lines = aligned([header, *rows])
         if not all(layer.selected for layer in self.layers):
             lines.append("* not compressed")
         if self.bytes_reserved:
             lines.append(f"{format_bytes(self.bytes_reserved)} of these bytes are slots for tokens to come")
         return "\n".join(lines)
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: bool = False) -> list[str]:
+    """A line of text for each row of cells, in columns, aligned on the right or on the left."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    adjust = str.ljust if left else str.rjust
+    return ["  ".join(adjust(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def format_bytes(count: int) -> str:
@@ -106,6 +111,12 @@ def _layer_report(index: int, layer: Any) -> LayerReport:
         seen, stored, token = layer.seen, layer.stored, layer.bytes_per_token
         allocated = layer.allocated_bytes
         return LayerReport(index, True, seen, stored, allocated, token * seen, allocated - token * stored)
+    if isinstance(layer, WindowLayer) and layer.is_initialized:
+        stored, allocated = layer.stored, layer.allocated_bytes
+        token = allocated // layer.slots
+        return LayerReport(
+            index, False, layer.seen, stored, allocated, token * layer.needed, allocated - token * stored
+        )
     held = sum(part.nbytes for part in _tensors(vars(layer).values()))
     keys = getattr(layer, "keys", None)
     if keys is None:

@@ -85,6 +85,7 @@ def test_json_holds_settings_versions_and_scores(written):
         "batch_size": 2,
         "seed": 7,
         "builtin_font_only": False,
+        "document_first": False,
         "device": "cpu",
         "dtype": "float32",
     }
@@ -171,6 +172,28 @@ def test_peers_are_measured_like_methods(tmp_path, capsys):
     assert [result_record(result)["tasks"] for result in read(recorded)] == [
         row["tasks"] for row in recorded["results"]
     ]
+
+
+def test_the_page_may_come_before_the_question(tmp_path, capsys):
+    path, plot = tmp_path / "scores.json", tmp_path / "plot.png"
+    options = ["--document-first", "--methods", "snapkv", "--budgets", "400", "8", "--tasks", "lookup"]
+    compare.main([*SMALL, *options, "--json", str(path), "--plot", str(plot)])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [re.split(r"  +", line.strip()) for line in lines if line.strip()][1:]
+    assert [row[:2] for row in rows] == [["cache", "budget"], ["full", "-"], ["snapkv", "400"], ["snapkv", "8"]]
+    assert rows[1][2:] == rows[2][2:] == [*["100.0 / 100.0"] * 2, "-"]
+    assert rows[3][2] != "100.0 / 100.0"
+    assert json.loads(path.read_text(encoding="utf-8"))["settings"]["document_first"] is True
+    assert Image.open(plot).size[0] > 100
+    with pytest.raises(SystemExit, match="document_first is True and False"):
+        compare.main(["--read", str(path), str(with_settings(path, tmp_path / "other.json", document_first=False))])
+
+
+def with_settings(path, target, **settings):
+    written = json.loads(path.read_text(encoding="utf-8"))
+    written["settings"] |= settings
+    target.write_text(json.dumps(written), encoding="utf-8")
+    return target
 
 
 def test_methods_are_the_usual_ones_unless_named():
@@ -345,6 +368,7 @@ def test_a_record_is_shown_without_measuring(tmp_path, capsys, monkeypatch):
             ["--read", str(RESULTS / "decoding.json")],
             "decoding.json' is no JSON file of compare.py: KeyError('results')",
         ),
+        (["--document-first", "--methods", "shiftkv", "kvzip"], "--document-first: not for kvzip"),
         (["--read", str(RESULTS / "compare.json"), "--json", "x.json"], "--json goes without --read"),
     ],
 )

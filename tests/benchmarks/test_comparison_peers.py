@@ -131,9 +131,13 @@ def heads_of(model, inputs):
 
 
 @pytest.mark.parametrize("name", PREFILLED)
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", *models.SINKS_OR_CAPPING])
 def test_the_kept_tokens_are_those_of_the_formula(name, model_type):
-    model, inputs = models.text_model(model_type, attention="eager"), models.left_padded(LENGTHS)
+    inputs = models.left_padded(LENGTHS)
+    if model_type in models.SINKS_OR_CAPPING:
+        model = models.sinks_or_capping_model(model_type)
+    else:
+        model = models.text_model(model_type, attention="eager")
     cache = peer(name, model)
     prefill(model, inputs, cache)
     for layer, row, number, head in heads_of(model, inputs):

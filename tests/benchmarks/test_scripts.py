@@ -8,9 +8,9 @@ import pytest
 
 import common
 from benchmarks.quality import compare, share_of_prompt, sinks, variations
-from benchmarks.speed import speed_and_memory
+from benchmarks.speed import joined, speed_and_memory
 
-SCRIPTS = [compare, variations, sinks, speed_and_memory]
+SCRIPTS = [compare, joined, variations, sinks, speed_and_memory]
 HELP = """
 import runpy, sys
 sys.argv = [sys.argv[1], "--help"]

@@ -347,13 +347,6 @@ class TestChanges:
 
 
 class TestWhatStaysEager:
-    def test_layers_of_other_kinds(self):
-        model = models.text_model("gemma3_text", layer_types=["sliding_attention", "full_attention", "full_attention"])
-        with pytest.warns(UserWarning, match="1 of 3 layers are not full-attention layers"):
-            cache = ShiftKVCache(model, budget=6, max_new_tokens=4)
-        assert not cache.is_compileable
-        generate(model, models.prompt_ids(), cache)
-
     def test_assisted_decoding(self, model):
         inputs = {"input_ids": models.prompt_ids(1, 10).repeat(1, 5)}
         cache = ShiftKVCache(model, budget=1.0, max_new_tokens=NEW_TOKENS)

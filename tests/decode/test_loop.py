@@ -2,12 +2,20 @@
 
 import gc
 import logging
+from threading import Thread
 
 import pytest
 import torch
 from test_compiled import NEW_TOKENS
 from torch._dynamo.utils import counters
-from transformers import DynamicCache, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import (
+    DynamicCache,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    TextStreamer,
+)
 
 import models
 from compiling import compiling
@@ -139,13 +147,28 @@ def test_a_later_turn_of_a_conversation():
     assert answers[0].equal(answers[1])
 
 
-def test_streaming(vision_case, capsys):
+def test_a_streamer_gets_what_it_gets_of_generate(vision_case, capsys):
     case = vision_case("qwen2_5_vl")
     streamer = TextStreamer(case.processor.tokenizer, skip_prompt=True)
     run(case, case.prompts(), streamer=streamer)
     expected = capsys.readouterr().out
-    run(case, case.prompts(), custom_generate=decode_ahead, token_streamer=streamer)
+    run(case, case.prompts(), custom_generate=decode_ahead, streamer=streamer)
     assert capsys.readouterr().out == expected != ""
+
+
+def test_an_iterating_streamer_comes_to_its_end(vision_case):
+    case = vision_case("qwen2_5_vl")
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    texts = []
+    for own in ({}, {"custom_generate": decode_ahead}):
+        streamer = TextIteratorStreamer(case.processor.tokenizer, skip_prompt=True, timeout=60)
+        cache = ShiftKVCache(case.model, budget=20, max_new_tokens=NEW_TOKENS)
+        given = {**case.prompts(), "past_key_values": cache, "streamer": streamer, **options, **own}
+        thread = Thread(target=case.model.generate, kwargs=given)
+        thread.start()
+        texts.append("".join(streamer))
+        thread.join()
+    assert texts[0] == texts[1] != ""
 
 
 def test_only_the_sequences_unless_more_is_asked_for():

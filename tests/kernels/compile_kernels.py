@@ -30,21 +30,39 @@ from shiftkv_kernels.fused import (
     vote,
 )
 
-FLOATS = {"scale", "threshold", "remainder", "gamma", "per_row", "last_weight", "ridge"}
+FLOATS = {"scale", "cap_scale", "threshold", "remainder", "gamma", "per_row", "last_weight", "ridge"}
 POINTERS = {"p_valid": "*u8", "p_cuts": "*i32", "p_kept": "*i64", "p_indices": "*i64"}
 INPUTS = {"p_proxies", "p_last", "p_keys", "p_values", "p_kept_keys", "p_kept_values", "p_states", "p_samples"}
 INPUTS |= {f"p_{part}_{index}" for part in ("weight", "bias", "out") for index in range(3)} | {"p_state"}
-INPUTS |= {"p_refitted"} | {"p_queries", "p_cos", "p_sin", "p_rotated", "p_rotated_last"}
+INPUTS |= {"p_refitted", "p_sinks"} | {"p_queries", "p_cos", "p_sin", "p_rotated", "p_rotated_last"}
 UNIT_STRIDES = {"stride_kd", "stride_vd"}
 UNSPECIALIZED = {"T", "C", "S", "tiles_per_part", "chunks_per_program", "steps_per_program", "seed", "stream", "first"}
 
 
-def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, capability: int, **options: Any) -> Any:
-    """The kernel as it is launched for aligned tensors of `dtype` ("bf16", "fp16", "fp32")."""
+# What few models have: None for the others.
+SINKS_AND_CAPPING = {"p_sinks", "cap_scale"}
+
+
+def compile_kernel(
+    kernel: Any,
+    constants: dict[str, Any],
+    dtype: str,
+    capability: int,
+    *,
+    sinks_and_capping: bool = False,
+    **options: Any,
+) -> Any:
+    """The kernel as it is launched for aligned tensors of `dtype` ("bf16", "fp16", "fp32").
+
+    Args:
+        sinks_and_capping: with learned sinks, of the same dtype, and capped logits.
+    """
     signature, values, alignment = {}, dict(constants), {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+        elif name in SINKS_AND_CAPPING and not sinks_and_capping:
+            signature[name], values[name] = "constexpr", None
         elif name in UNIT_STRIDES:
             signature[name], values[name] = "constexpr", 1
         elif name.startswith("p_"):
@@ -62,7 +80,14 @@ def group_mass_cases(capability: int) -> dict[str, Any]:
     """Both passes at some dtypes and head dims, with the tiles that are chosen for them."""
     gpu = Gpu(multiprocessors=132, has_warpgroup_products=capability == 90)
     compiled = {}
-    for dtype, head_dim, padded in (("bf16", 128, False), ("fp16", 40, True), ("bf16", 256, True), ("fp32", 80, False)):
+    for dtype, head_dim, padded, sinks_and_capping in (
+        ("bf16", 128, False, False),
+        ("bf16", 128, False, True),
+        ("fp16", 40, True, False),
+        ("bf16", 256, True, False),
+        ("fp32", 80, False, False),
+    ):
+        case = f"{dtype} {head_dim}{' with sinks and capping' if sinks_and_capping else ''}"
         block = triton.next_power_of_2(head_dim)
         passes = tiles.choose_tiles(block, 4 if dtype == "fp32" else 2, 8192, gpu)
         constants = {"R": 7, "D": head_dim, "BLOCK_D": block, "EXACT": dtype == "fp32"}
@@ -72,28 +97,35 @@ def group_mass_cases(capability: int) -> dict[str, Any]:
         kernels = log_sums._log_sum_kernel, group_mass._group_mass_kernel
         more: tuple[dict[str, Any], dict[str, Any]] = ({}, {"GROUP_SIZE": 16, "SPAN": 16, "EVEN": not padded})
         for kernel, choice, (kept, streamed), extra in zip(kernels, passes, names, more, strict=True):
-            compiled[f"{kernel.__name__} {dtype} {head_dim}"] = compile_kernel(
+            compiled[f"{kernel.__name__} {case}"] = compile_kernel(
                 kernel,
                 {**constants, **extra, kept: choice.kept, streamed: choice.streamed},
                 dtype,
                 capability,
+                sinks_and_capping=sinks_and_capping,
                 num_warps=choice.warps,
                 num_stages=choice.stages,
                 maxnreg=choice.registers,
             )
         value_kernel = value_scores._moments_kernel
         _, choice = tiles.choose_value_tiles(block, 4 if dtype == "fp32" else 2, 8192, gpu)
-        compiled[f"{value_kernel.__name__} {dtype} {head_dim}"] = compile_kernel(
+        compiled[f"{value_kernel.__name__} {case}"] = compile_kernel(
             value_kernel,
             {**constants, "EVEN": not padded, "BLOCK_T": choice.kept, "BLOCK_Q": choice.streamed},
             dtype,
             capability,
+            sinks_and_capping=sinks_and_capping,
             num_warps=choice.warps,
             num_stages=choice.stages,
             maxnreg=choice.registers,
         )
     combine = log_sums._combine_kernel
-    compiled[combine.__name__] = compile_kernel(combine, {"PARTS": 9, "BLOCK": 256}, "fp32", capability)
+    sizes: dict[str, Any] = {"PARTS": 9, "BLOCK": 256}
+    without = sizes | {"N": None, "H": None}
+    compiled[combine.__name__] = compile_kernel(combine, without, "fp32", capability)
+    compiled[f"{combine.__name__} with sinks"] = compile_kernel(
+        combine, sizes, "fp32", capability, sinks_and_capping=True
+    )
     return compiled
 
 
@@ -128,6 +160,10 @@ def value_cases(capability: int) -> dict[str, Any]:
         for kernel, constants, options in cases:
             name = f"{kernel.__name__} {dtype} {head_dim}"
             compiled[name] = compile_kernel(kernel, constants, dtype, capability, **options)
+            if head_dim == 128 and set(kernel.arg_names) >= SINKS_AND_CAPPING:
+                compiled[f"{name} with sinks and capping"] = compile_kernel(
+                    kernel, constants, dtype, capability, sinks_and_capping=True, **options
+                )
     products, combine = refit_values._products_kernel, attend._combine_kernel
     compiled[products.__name__] = compile_kernel(products, {"D_V": 128, "BLOCK_R": 64, "BLOCK": 32}, "fp32", capability)
     sizes = {"D_V": 128, "BLOCK_D_V": 128, "PARTS": 9, "BLOCK": 16}

@@ -1,5 +1,6 @@
 """Inputs of the kernel tests, at head counts and head dims of shipped models, and how far results may be off."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,13 @@ class Problem:
         scores = torch.rand(self.batch, self.kv_heads, self.tokens, generator=generator).to(device)
         return reference.keep_best(scores, count, self.valid(device))
 
+    def softmax_options(self, kind: str, device: torch.device, dtype: torch.dtype = torch.float32) -> dict:
+        """Learned sinks, which take about half of the mass, capped logits, or both."""
+        draw = torch.randn(2 * self.heads, generator=torch.Generator().manual_seed(self.heads))
+        sinks = (draw + math.log(self.tokens) + 2).to(device, dtype)[::2]
+        options = {"sinks": sinks, "softcap": 1.5}
+        return options if kind == "both" else {kind: options[kind]}
+
     def valid(self, device: torch.device) -> torch.Tensor | None:
         if not self.padding:
             return None
@@ -65,17 +73,36 @@ class Problem:
         return {"num_groups": self.groups, "scaling": self.head_dim**-0.5, "valid": self.valid(device)}
 
 
-def exact_group_mass(queries, last, keys, *, num_groups, scaling, valid):
+# What is learned or capped, at few shapes: padding, several parts of the tokens, two tokens.
+WITH_SINKS_OR_CAPPING = [
+    (Problem(2, 7, 1, 16, 2, 40, 70, padding=30, value_dim=24), "both"),
+    (Problem(1, 2, 2, 10, 2, 64, 165, value_dim=128), "both"),
+    (Problem(1, 4, 4, 8, 2, 16, 33), "sinks"),
+    (Problem(1, 4, 4, 8, 2, 16, 33), "softcap"),
+    (Problem(1, 2, 1, 4, 4, 16, 2), "both"),
+]
+
+
+def exact_attention(queries, keys, *, scaling, valid, softcap=None, sinks=None):
+    """Attention of queries (B, H, n, D), (B, H_kv, r, n, T) in float64, of what the inputs are in their own dtype."""
+    rows = queries.double().unflatten(1, (keys.shape[1], -1))
+    logits = rows @ keys.double().unsqueeze(2).mT * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if valid is not None:
+        logits = logits.masked_fill(~valid[:, None, None, None], -torch.inf)
+    if sinks is None:
+        return logits.softmax(-1)
+    columns = sinks.double().view(1, *rows.shape[1:3], 1, 1).expand(*rows.shape[:4], 1)
+    return torch.cat([logits, columns], dim=-1).softmax(-1)[..., :-1]
+
+
+def exact_group_mass(queries, last, keys, *, num_groups, **keywords):
     """`group_mass` in float64, of what the inputs are in their own dtype."""
-    heads, count = queries.shape[1:3]
-    kv_heads = keys.shape[1]
-    wide = keys.double().repeat_interleave(heads // kv_heads, dim=1).transpose(-1, -2)
+    count = queries.shape[2]
 
     def attention(rows):
-        logits = rows.double() @ wide * scaling
-        if valid is not None:
-            logits = logits.masked_fill(~valid[:, None, None], -torch.inf)
-        return logits.softmax(-1).unflatten(1, (kv_heads, heads // kv_heads)).mean(2)
+        return exact_attention(rows, keys, **keywords).mean(2)
 
     last_mass = attention(last).squeeze(2)
     grouped = attention(queries).unflatten(2, (num_groups, count // num_groups)).sum(3)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from problems import Problem, allowed_errors, exact_group_mass, relative_error
+from problems import WITH_SINKS_OR_CAPPING, Problem, allowed_errors, exact_group_mass, relative_error
 from shiftkv_kernels import group_mass, reference
 from shiftkv_kernels.fused import tiles
 
@@ -40,8 +40,9 @@ LARGE = [
 ALL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def check(problem: Problem, device, dtype, **options):
+def check(problem: Problem, device, dtype, kind=None, **options):
     tensors, keywords = problem.tensors(device, dtype, **options), problem.keywords(device)
+    keywords |= problem.softmax_options(kind, device, dtype) if kind else {}
     found = group_mass(*tensors, **keywords, backend="triton")
     exact = exact_group_mass(*tensors, **keywords)
     assert [part.shape for part in found] == [part.shape for part in exact]
@@ -66,6 +67,34 @@ def test_it_is_exact_to_float32_rounding(problem, dtype, device):
 @pytest.mark.parametrize("problem", LARGE, ids=lambda problem: problem.id)
 def test_large_inputs_are_exact_to_float32_rounding(problem, dtype):
     check(problem, torch.device("cuda"), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("problem", "kind"), WITH_SINKS_OR_CAPPING, ids=lambda part: getattr(part, "id", part))
+def test_learned_sinks_and_capped_logits(problem, kind, dtype, device):
+    check(problem, device, dtype, kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["sinks", "softcap", "both"])
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("problem", LARGE[1:4], ids=lambda problem: problem.id)
+def test_large_inputs_with_learned_sinks_and_capped_logits(problem, dtype, kind):
+    check(problem, torch.device("cuda"), dtype, kind)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_with_them_too_what_is_not_finite_counts_for_nothing(number, device):
+    problem = Problem(2, 4, 2, 8, 2, 16, 40)
+    queries, last, keys = problem.tensors(device)
+    keywords = problem.keywords(device) | problem.softmax_options("both", device)
+    keys[0, 0, 31, 3] = last[1, 3, 0, 5] = number
+    found, expected = (group_mass(queries, last, keys, **keywords, backend=name) for name in ("triton", "torch"))
+    is_key = torch.zeros(2, 2, 40, dtype=torch.bool, device=device)
+    is_key[0, 0, 31] = True
+    torch.testing.assert_close(found[1][~is_key], expected[1][~is_key], atol=1e-6, rtol=1e-5)
+    others = ~is_key[:, :, None].expand_as(found[0])
+    torch.testing.assert_close(found[0][others], expected[0][others], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("spread", [0.0, 100.0])

@@ -30,8 +30,8 @@ def test_group_mass_is_the_mean_attention_of_each_group_and_the_last_query(heads
                 keys[row, head].double().numpy(),
                 valid[row].numpy(),
             ]
-            by_proxy = method.attention_mass(arrays[0], arrays[2], arrays[3], 0.3)
-            by_last = method.attention_mass(arrays[1], arrays[2], arrays[3], 0.3)[0]
+            by_proxy = method.attention_mass(arrays[0], arrays[2], arrays[3], method.Logits(0.3))
+            by_last = method.attention_mass(arrays[1], arrays[2], arrays[3], method.Logits(0.3))[0]
             expected = (by_proxy.reshape(4, 2, -1).sum(axis=1) + by_last) / 3
             np.testing.assert_allclose(mass[row, head].numpy(), expected, atol=1e-6)
             np.testing.assert_allclose(last_mass[row, head].numpy(), by_last, atol=1e-6)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import method
-from problems import Problem, relative_error
+from problems import WITH_SINKS_OR_CAPPING, Problem, exact_attention, relative_error
 from shiftkv_kernels import attend, reference, refit_values
 
 # As in test_value_scores.py, and the tokens that are kept: 1, one less than all, some, more than a row has.
@@ -35,18 +35,12 @@ def options(problem, device):
     return {"scaling": problem.head_dim**-0.5, "valid": problem.valid(device)}
 
 
-def exact_attention(queries, keys, scaling, valid):
-    logits = queries.double().unflatten(1, (keys.shape[1], -1)).flatten(2, 3) @ keys.double().mT * scaling
-    if valid is not None:
-        logits = logits.masked_fill(~valid[:, None, None], -torch.inf)
-    return logits.softmax(-1)
-
-
-def check(problem, count, device, dtype):
+def check(problem, count, device, dtype, kind=None):
     queries, _, keys = problem.tensors(device, dtype)
     values, kept, keywords = problem.values(device, dtype), problem.kept(count, device), options(problem, device)
+    keywords |= problem.softmax_options(kind, device, dtype) if kind else {}
     outputs = attend(queries, keys, values, **keywords, backend="triton")
-    exact = (exact_attention(queries, keys, **keywords) @ values.double()).view(outputs.shape)
+    exact = (exact_attention(queries, keys, **keywords).flatten(2, 3) @ values.double()).view(outputs.shape)
     assert outputs.dtype == torch.float32
     norms = queries.float().norm(dim=-1).max() * keys.float().norm(dim=-1).max()
     rounding = 4 * 2**-23 * max(norms.item() * keywords["scaling"], 1.0)
@@ -78,26 +72,43 @@ def test_large_inputs_are_what_the_reference_says(problem, count, dtype):
     check(problem, count, torch.device("cuda"), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("problem", "kind"), WITH_SINKS_OR_CAPPING, ids=lambda part: getattr(part, "id", part))
+def test_learned_sinks_and_capped_logits(problem, kind, dtype, device):
+    check(problem, problem.tokens // 2 + 1, device, dtype, kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["sinks", "softcap", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("problem", "count"), LARGE[1:5], ids=lambda part: getattr(part, "id", f"c{part}"))
+def test_large_inputs_with_learned_sinks_and_capped_logits(problem, count, dtype, kind):
+    check(problem, count, torch.device("cuda"), dtype, kind)
+
+
 # With the last spread the squared attention to some tokens is too small for float32: it is not that of padding.
 @pytest.mark.parametrize("spread", [2.0, 8.0, 40.0])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_it_is_the_statement_in_float64(backend, spread, device):
+@pytest.mark.parametrize("kind", [None, "both"])
+def test_it_is_the_statement_in_float64(backend, spread, kind, device):
     problem, count = Problem(2, 6, 2, 12, 3, 16, 23, padding=5, value_dim=8), 7
     queries, _, keys = problem.tensors(device, spread=spread)
     values, kept, keywords = problem.values(device), problem.kept(count, device), options(problem, device)
+    keywords |= problem.softmax_options(kind, device) if kind else {}
     outputs = attend(queries, keys, values, **keywords, backend=backend)
     found = refit_values(queries, outputs, keys, values, kept, **keywords, ridge=RIDGE, steps=40, backend=backend)
     arrays = [part.cpu().numpy().astype(np.float64) for part in (queries, keys, values)]
     valid = problem.valid("cpu").numpy()
     for row, head in np.ndindex(2, 2):
         heads = slice(3 * head, 3 * head + 3)
+        sinks = keywords["sinks"][heads].cpu().double().numpy() if kind else None
         refit = method.Refit.of(
             arrays[0][row, heads],
             arrays[1][row, head],
             arrays[2][row, head],
             kept[row, head].tolist(),
             valid[row],
-            0.25,
+            method.Logits(0.25, keywords.get("softcap"), sinks),
             RIDGE,
         )
         np.testing.assert_allclose(found[row, head].cpu().numpy(), refit.values(), rtol=1e-3, atol=1e-4)

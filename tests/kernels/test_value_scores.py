@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import method
-from problems import Problem, relative_error
+from problems import WITH_SINKS_OR_CAPPING, Problem, exact_attention, relative_error
 from shiftkv_kernels import keep_best, reference, value_scores
 
 # (heads, KV heads): MHA, Qwen2.5-VL's 7 to 1, MQA; head dims 40 (no power of 2) to 256; values with a dim of their own;
@@ -38,16 +38,12 @@ def options(problem, device, **more):
     return {"scaling": problem.head_dim**-0.5, "valid": problem.valid(device), "last_weight": 2.0, **more}
 
 
-def exact_scores(queries, last, keys, values, *, scaling, valid, last_weight):
+def exact_scores(queries, last, keys, values, *, valid, last_weight, **keywords):
     """`value_scores` in float64, of what the inputs are in their own dtype."""
-    kv_heads = keys.shape[1]
-    wide, given = keys.double().unsqueeze(2).transpose(-1, -2), values.double()
+    given = values.double()
 
     def attention(rows):
-        logits = rows.double().unflatten(1, (kv_heads, -1)) @ wide * scaling
-        if valid is not None:
-            logits = logits.masked_fill(~valid[:, None, None, None], -torch.inf)
-        return logits.softmax(-1).flatten(2, 3)
+        return exact_attention(rows, keys, valid=valid, **keywords).flatten(2, 3)
 
     def shares(mass):
         return mass.square().mean(2).sqrt() / (1 - mass.mean(2).clamp(max=0.999))
@@ -59,8 +55,9 @@ def exact_scores(queries, last, keys, values, *, scaling, valid, last_weight):
     return scores if valid is None else scores.masked_fill(~valid[:, None], 0)
 
 
-def check(problem, device, dtype):
+def check(problem, device, dtype, kind=None):
     tensors, keywords = problem.tensors(device, dtype), options(problem, device)
+    keywords |= problem.softmax_options(kind, device, dtype) if kind else {}
     tensors.append(problem.values(device, dtype))
     exact = exact_scores(*tensors, **keywords)
     found = value_scores(*tensors, **keywords, backend="triton")
@@ -95,6 +92,20 @@ def test_large_inputs_are_exact_to_float32_rounding(problem, dtype):
     check(problem, torch.device("cuda"), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("problem", "kind"), WITH_SINKS_OR_CAPPING, ids=lambda part: getattr(part, "id", part))
+def test_learned_sinks_and_capped_logits(problem, kind, dtype, device):
+    check(problem, device, dtype, kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["sinks", "softcap", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("problem", LARGE[1:4] + LARGE[6:7], ids=lambda problem: problem.id)
+def test_large_inputs_with_learned_sinks_and_capped_logits(problem, dtype, kind):
+    check(problem, torch.device("cuda"), dtype, kind)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("spread", [1.0, 4.0, 10.0])
 def test_in_float32_the_kept_tokens_are_those_of_the_reference(spread):
@@ -110,16 +121,20 @@ def test_in_float32_the_kept_tokens_are_those_of_the_reference(spread):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_it_is_the_statement_in_float64(backend, device):
+@pytest.mark.parametrize("kind", [None, "both"])
+def test_it_is_the_statement_in_float64(backend, kind, device):
     problem = Problem(2, 6, 2, 12, 3, 16, 23, padding=5, value_dim=8)
     tensors = [*problem.tensors(device), problem.values(device)]
-    found = value_scores(*tensors, **options(problem, device), backend=backend).cpu().numpy()
+    more = problem.softmax_options(kind, device) if kind else {}
+    found = value_scores(*tensors, **options(problem, device, **more), backend=backend).cpu().numpy()
     proxies, last, keys, values = (part.cpu().numpy().astype(np.float64) for part in tensors)
     valid = problem.valid("cpu").numpy()
     for row, head in np.ndindex(2, 2):
         heads = slice(3 * head, 3 * head + 3)
+        sinks = more["sinks"][heads].cpu().double().numpy() if kind else None
+        logits = method.Logits(0.25, more.get("softcap"), sinks)
         expected = method.value_scores(
-            proxies[row, heads], last[row, heads], keys[row, head], values[row, head], valid[row], 0.25, 2.0
+            proxies[row, heads], last[row, heads], keys[row, head], values[row, head], valid[row], logits, 2.0
         )
         np.testing.assert_allclose(found[row, head], expected, rtol=1e-4, atol=1e-6)
 
@@ -159,10 +174,12 @@ def test_any_strides(device):
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
-def test_tokens_that_are_not_finite_have_no_score_and_change_no_other(number, backend, device):
+@pytest.mark.parametrize("kind", [None, "both"])
+def test_tokens_that_are_not_finite_have_no_score_and_change_no_other(number, backend, kind, device):
     problem = Problem(2, 4, 2, 16, 2, 32, 70)
     queries, last, keys = problem.tensors(device)
     values, keywords = problem.values(device), options(problem, device)
+    keywords |= problem.softmax_options(kind, device) if kind else {}
     keys[0, 0, 31, 3] = values[1, 1, 7, 9] = values[1, 1, 69, 0] = number
     scores = value_scores(queries, last, keys, values, **keywords, backend=backend)
     assert scores.isnan().nonzero().tolist() == [[0, 0, 31], [1, 1, 7], [1, 1, 69]]
@@ -178,10 +195,12 @@ def test_tokens_that_are_not_finite_have_no_score_and_change_no_other(number, ba
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_a_last_query_that_is_not_finite_counts_for_nothing(backend, device):
+@pytest.mark.parametrize("kind", [None, "both"])
+def test_a_last_query_that_is_not_finite_counts_for_nothing(backend, kind, device):
     problem = Problem(1, 4, 2, 16, 2, 32, 40)
     queries, last, keys = problem.tensors(device)
     values, keywords = problem.values(device), options(problem, device)
+    keywords |= problem.softmax_options(kind, device) if kind else {}
     found = value_scores(queries, last * torch.nan, keys, values, **keywords, backend=backend)
     expected = value_scores(queries, last, keys, values, **{**keywords, "last_weight": 0.0}, backend=backend)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)

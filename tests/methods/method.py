@@ -20,16 +20,43 @@ def softmax(logits: Array) -> Array:
     return weights / weights.sum()
 
 
-def attention_mass(queries: Array, keys: Array, valid: Array, scaling: float) -> Array:
+@dataclass(frozen=True)
+class Logits:
+    """How the query heads of one KV head make logits.
+
+    Attributes:
+        scaling: factor on them.
+        softcap: x becomes softcap * tanh(x / softcap); None: they are not capped.
+        sinks: the learned sinks of the r query heads; None: there are none.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Array | None = None
+
+    def attention(self, queries: Array, keys: Array, valid: Array) -> Array:
+        """What queries (r, n, D) give to each token, keys (T, D) -> (r, n, T); a sink has the rest."""
+        sinks = [-np.inf] * len(queries) if self.sinks is None else self.sinks
+        return np.stack(
+            [[self._row(query, keys, valid, sink) for query in head] for head, sink in zip(queries, sinks, strict=True)]
+        )
+
+    def _row(self, query: Array, keys: Array, valid: Array, sink: float) -> Array:
+        logits = keys @ query * self.scaling
+        if self.softcap is not None:
+            logits = self.softcap * np.tanh(logits / self.softcap)
+        return softmax(np.append(np.where(valid, logits, -np.inf), sink))[:-1]
+
+
+def attention_mass(queries: Array, keys: Array, valid: Array, logits: Logits) -> Array:
     """Step 4 for one KV head: queries (r, n, D) of the heads that share it, keys (T, D) -> (n, T), last column 0."""
-    logits = np.where(valid, queries @ keys.T * scaling, -np.inf)
-    mass = np.stack([[softmax(row) for row in head] for head in logits]).mean(axis=0)
+    mass = logits.attention(queries, keys, valid).mean(axis=0)
     mass[:, -1] = 0
     return mass
 
 
 def votes_of(group: Array, threshold: float) -> set[int]:
-    """Step 5: the minimal set of tokens, largest mass first, that reaches the threshold of the total."""
+    """Step 5: the minimal set of tokens, largest mass first, that reaches the threshold of what tokens have in all."""
     chosen: set[int] = set()
     reached = 0.0
     for token in np.argsort(-group, kind="stable"):
@@ -41,12 +68,12 @@ def votes_of(group: Array, threshold: float) -> set[int]:
 
 
 def scores(
-    proxies: Array, last_query: Array, keys: Array, valid: Array, groups: int, mass: float, scaling: float
+    proxies: Array, last_query: Array, keys: Array, valid: Array, groups: int, mass: float, logits: Logits
 ) -> Array:
     """Steps 4 to 6 for one KV head: proxies (r, N, D), last_query (r, 1, D), keys (T, D) -> (T,)."""
     size = proxies.shape[1] // groups
-    last = attention_mass(last_query, keys, valid, scaling)[0]
-    by_proxy = attention_mass(proxies, keys, valid, scaling)
+    last = attention_mass(last_query, keys, valid, logits)[0]
+    by_proxy = attention_mass(proxies, keys, valid, logits)
     votes = np.zeros(len(keys))
     for group in range(groups):
         combined = (by_proxy[group * size : (group + 1) * size].sum(axis=0) + last) / (1 + size)
@@ -63,12 +90,10 @@ def given_shares(mass: Array) -> Array:
 
 
 def value_scores(
-    proxies: Array, last_query: Array, keys: Array, values: Array, valid: Array, scaling: float, last_weight: float
+    proxies: Array, last_query: Array, keys: Array, values: Array, valid: Array, logits: Logits, last_weight: float
 ) -> Array:
     """Steps 7 and 8 for one KV head: proxies (r, N, D), last_query (r, 1, D), values (T, D_v)."""
-    rows = [row for head in proxies for row in head]
-    by_proxy = np.stack([softmax(np.where(valid, keys @ row * scaling, -np.inf)) for row in rows])
-    by_last = np.stack([softmax(np.where(valid, keys @ head[0] * scaling, -np.inf)) for head in last_query])
+    by_proxy, by_last = (np.concatenate(logits.attention(part, keys, valid)) for part in (proxies, last_query))
     output = by_proxy.mean(axis=0) @ values
     distance = np.array([np.linalg.norm(value - output) for value in values])
     scores = (given_shares(by_proxy) + last_weight * given_shares(by_last)) * distance
@@ -76,15 +101,14 @@ def value_scores(
     return np.where(valid, np.where(mean > 0.15, SINK * (1 + mean), scores), 0)
 
 
-def has_sink(proxies: Array, last_query: Array, keys: Array, valid: Array, scaling: float, groups: int | None) -> bool:
+def has_sink(proxies: Array, last_query: Array, keys: Array, valid: Array, logits: Logits, groups: int | None) -> bool:
     """Whether a KV head has an attention sink: proxies (r, N, D), last_query (r, 1, D), keys (T, D); voting groups."""
-    mass = attention_mass(proxies, keys, valid, scaling).mean(axis=0)
+    mass = logits.attention(proxies, keys, valid).mean(axis=(0, 1))
     if groups is not None:
         # Their mass has the last query in it; that of the last token is not counted.
         size = proxies.shape[1] // groups
-        mass = (size * mass + attention_mass(last_query, keys, valid, scaling)[0]) / (1 + size)
-    else:
-        mass[-1] = 1 - mass.sum()
+        mass = (size * mass + attention_mass(last_query, keys, valid, logits)[0]) / (1 + size)
+        mass[-1] = 0
     return bool((mass > 0.15).any())
 
 
@@ -106,12 +130,11 @@ class Refit:
 
     @classmethod
     def of(
-        cls, queries: Array, keys: Array, values: Array, chosen: list[int], valid: Array, scaling: float, ridge: float
+        cls, queries: Array, keys: Array, values: Array, chosen: list[int], valid: Array, logits: Logits, ridge: float
     ) -> "Refit":
         """Of queries (r, n, D), keys (T, D), values (T, D_v) and the chosen tokens."""
-        rows = [row for head in queries for row in head]
-        whole = np.stack([softmax(np.where(valid, keys @ row * scaling, -np.inf)) for row in rows])
-        part = np.stack([softmax(np.where(valid[chosen], keys[chosen] @ row * scaling, -np.inf)) for row in rows])
+        whole = np.concatenate(logits.attention(queries, keys, valid))
+        part = np.concatenate(logits.attention(queries, keys[chosen], valid[chosen]))
         squares = (part**2).sum(axis=0)
         counted = squares[valid[chosen]]
         usual = np.exp(np.log(np.maximum(counted, 1e-6 * counted.mean())).mean())
@@ -170,6 +193,8 @@ def assert_selects(
     mass: float = 0.95,
     values: Array | None = None,
     last_query_weight: float = 1.0,
+    softcap: float | None = None,
+    sinks: Array | None = None,
 ) -> None:
     """`found`, (B, H_kv, C), is what the method selects, up to scores that tie within float32 rounding.
 
@@ -179,18 +204,20 @@ def assert_selects(
         keys: (B, H_kv, T, D).
         valid: (B, T).
         values: (B, H_kv, T, D_v): tokens count by them instead of by the votes of `num_groups` groups.
+        sinks: (H,).
     """
     proxies, last_query, keys = (part.astype(np.float64) for part in (proxies, last_query, keys))
     shared = proxies.shape[1] // keys.shape[1]
     for row, head in np.ndindex(*keys.shape[:2]):
         heads = slice(head * shared, (head + 1) * shared)
         asked = proxies[row, heads], last_query[row, heads], keys[row, head]
+        logits = Logits(scaling, softcap, None if sinks is None else sinks[heads])
         if values is None:
             assert num_groups is not None
-            score, tolerance = scores(*asked, valid[row], num_groups, mass, scaling), 1e-5
+            score, tolerance = scores(*asked, valid[row], num_groups, mass, logits), 1e-5
         else:
             given = values[row, head].astype(np.float64)
-            score = value_scores(*asked, given, valid[row], scaling, last_query_weight)
+            score = value_scores(*asked, given, valid[row], logits, last_query_weight)
             tolerance = 1e-5 * max(score.max(), 1.0)
         expected, mine = kept(score, valid[row], budget), found[row, head].tolist()
         assert mine == sorted(set(mine))

@@ -17,6 +17,7 @@ from mmshiftkv.methods.snapkv import SnapKV
 from mmshiftkv.methods.streaming_llm import StreamingLLM
 from mmshiftkv.model.decoder import Decoder
 from mmshiftkv.model.hooks import LayerInput
+from mmshiftkv.model.positions import Positions
 from mmshiftkv.registry import CACHES
 from test_exactness import assert_same, generate
 
@@ -187,10 +188,11 @@ def test_snapkv_remembers_only_its_window():
     cos = sin = torch.randn(1, 50, 16)
     method, summary = SnapKV(window=6), None
     for start, stop in ((0, 4), (4, 5), (5, 30), (30, 47), (47, 50)):
-        summary = method.observe(layer, LayerInput(states, cos, sin, None).tokens(start, stop), summary)
+        inputs = LayerInput(states, Positions((cos, sin)), None)
+        summary = method.observe(layer, inputs.tokens(start, stop), summary)
         expected = states[:, max(stop - 6, 0) : stop]
         assert summary.hidden_states.equal(expected)
-        assert summary.cos.shape[1] == expected.shape[1]
+        assert summary.positions.factors[0].shape[1] == expected.shape[1]
         assert summary.hidden_states.untyped_storage().nbytes() == expected.nbytes
 
 
@@ -223,13 +225,11 @@ def test_expected_attention_is_that_of_the_formula(vision_case, family, sinks, e
     for (layer, _, keys, values, valid, scores), observation in zip(calls, observed, strict=True):
         dims, heads_each = keys.shape[-1], layer.module.num_key_value_groups
         basis = torch.eye(dims).expand(2, 1, dims, dims)
-        cos, sin = layer.advance(observation.cos[:, -1:], observation.sin[:, -1:], count=20, stride=1)
-        steps = [
-            layer.rotate(basis, *(part[:, [step]].expand(2, dims, -1) for part in (cos, sin)))[:, 0]
-            for step in range(20)
-        ]
+        later = layer.rotary.ahead(observation.positions.tokens(-1), count=20, stride=1).factors
+        by_step = [tuple(part[:, [step]].expand(2, dims, -1) for part in later) for step in range(20)]
+        steps = [layer.rotate(basis, factors)[:, 0] for factors in by_step]
         rotation = torch.stack(steps).double().mean(dim=0)  # a row vector times it is rotated
-        queries = layer.project_queries(observation.hidden_states).double()
+        queries = layer.unrotated(observation.hidden_states, observation.positions).double()
         for row in range(2):
             first = int((~valid[row]).sum()) + sinks
             for head in range(keys.shape[1]):

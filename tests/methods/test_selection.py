@@ -96,7 +96,7 @@ def test_refitted_values_are_those_of_the_float64_statement(padding, ridge):
     for row, head in np.ndindex(2, 2):
         given = (proxies[row, 2 * head : 2 * head + 2], keys[row, head], values[row, head])
         arrays = (part.numpy().astype(np.float64) for part in given)
-        refit = method.Refit.of(*arrays, kept[row, head].tolist(), valid[row].numpy(), 0.25, ridge)
+        refit = method.Refit.of(*arrays, kept[row, head].tolist(), valid[row].numpy(), method.Logits(0.25), ridge)
         np.testing.assert_allclose(found[row, head].numpy(), refit.values(), rtol=1e-3, atol=1e-4)
 
 

@@ -88,18 +88,28 @@ def proxies_of(module, config, hidden, positions, valid, inverse_frequencies, ax
     return proxies, rotated(projected(module, last), positions[:, -1:], inverse_frequencies, axis_of), groups
 
 
+def logits_of(module, heads):
+    """How some query heads of a module make logits."""
+    sinks = getattr(module, "sinks", None)
+    sinks = None if sinks is None else sinks[heads].detach().double().numpy()
+    return method.Logits(module.scaling, getattr(module, "attn_logit_softcapping", None), sinks)
+
+
 def assert_selects(kept, module, config, proxies, last_query, groups, keys, values, valid):
     """Steps 4 to 6, or 7 and 8, for one row of one layer: keys and values (H_kv, T, D), valid (T,)."""
     counted = {"num_groups": groups, "mass": config.mass}
     if config.score == "values":
         counted = {"values": values[None], "last_query_weight": config.last_query_weight}
+    logits = logits_of(module, slice(None))
     method.assert_selects(
         kept[None],
         proxies[None],
         last_query[None],
         keys[None],
         budget=config.budget,
-        scaling=module.scaling,
+        scaling=logits.scaling,
+        softcap=logits.softcap,
+        sinks=logits.sinks,
         valid=valid[None],
         **counted,
     )
@@ -114,13 +124,14 @@ def assert_stores(stored, kept, module, config, proxies, last_query, groups, key
             assert (stored[head] == values[head][chosen]).all()
             continue
         heads = slice(head * shared, (head + 1) * shared)
+        logits = logits_of(module, heads)
         voting = groups if config.score == "votes" else None
-        if method.has_sink(proxies[heads], last_query[heads], keys[head], valid, module.scaling, voting):
+        if method.has_sink(proxies[heads], last_query[heads], keys[head], valid, logits, voting):
             assert (stored[head] == values[head][chosen]).all()
             continue
         queries = proxies[heads, :count]
         given = (part[head].astype(np.float64) for part in (keys, values))
-        refit = method.Refit.of(queries, *given, chosen.tolist(), valid, module.scaling, config.refit_ridge)
+        refit = method.Refit.of(queries, *given, chosen.tolist(), valid, logits, config.refit_ridge)
         expected = refit.values(REFIT_STEPS)
         scale = np.abs(values[head]).max()
         np.testing.assert_allclose(stored[head], expected, rtol=0, atol=1e-3 * scale, err_msg=f"KV head {head}")
@@ -200,6 +211,23 @@ def test_llava_next_with_images(vision_case, family, preset):
 def test_text_models_and_settings(model_type, changes, settings):
     model = models.text_model(model_type, **changes)
     config = ShiftKVCache(model, **{"budget": 12, "num_proxies": 32, "num_groups": 4, **settings}).config
+    rotary = model.model.rotary_emb
+    axis_of = np.zeros(rotary.inv_freq.shape[0], int)
+    assert_agrees(model, rotary, models.left_padded([40, 23, 7]), config, axis_of)
+
+
+@pytest.mark.parametrize("model_type", models.SINKS_OR_CAPPING)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"mass": 0.5, "num_groups": 2, "refit_queries": 32},
+        {"score": "values", "last_query_weight": 4.0, "refit_queries": 24},
+    ],
+)
+def test_models_with_learned_sinks_or_capped_logits(model_type, settings):
+    model = models.sinks_or_capping_model(model_type)
+    config = ShiftKVCache(model, **{"budget": 12, "num_proxies": 32, "num_groups": 4, "gamma": 2.0, **settings}).config
     rotary = model.model.rotary_emb
     axis_of = np.zeros(rotary.inv_freq.shape[0], int)
     assert_agrees(model, rotary, models.left_padded([40, 23, 7]), config, axis_of)

@@ -152,7 +152,7 @@ class SmallBudget(Case):
         options, streamer = self.generation.options(), Collected()
         own = {"custom_generate": decode_ahead} if self.ahead else {}
         if self.streams:
-            own["token_streamer" if self.ahead else "streamer"] = streamer
+            own["streamer"] = streamer
         found = generate(model, inputs, cache, **options, **own)
         kept = kept_by_layer(cache)
         rows = inputs["attention_mask"].repeat_interleave(self.generation.rows_each, dim=0)

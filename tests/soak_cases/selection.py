@@ -9,7 +9,7 @@ import torch
 import method
 import models
 from mmshiftkv import ShiftKVConfig, select_tokens
-from problems import Problem, allowed_errors, exact_group_mass, relative_error
+from problems import Problem, allowed_errors, exact_attention, exact_group_mass, relative_error
 from shiftkv_kernels import (
     attend,
     gather,
@@ -24,7 +24,6 @@ from shiftkv_kernels import (
 )
 from shiftkv_kernels.device import is_interpreted
 from shiftkv_kernels.reference.values import SINK_SCORE
-from test_refit_values import exact_attention
 from test_shiftkv import assert_agrees
 from test_value_scores import exact_scores
 
@@ -205,7 +204,7 @@ class Kernels(Case):
         exact = exact.where(others, 0)
         error, own = ((scores.where(others, 0) - exact).norm() for scores in found)
         # A token with nearly all of the mass is divided by what is left, and lies next to the mean output.
-        left = min((1 - exact_attention(rows, keys, **keywords).mean(2)).min().item() for rows in (queries, last))
+        left = min((1 - exact_attention(rows, keys, **keywords).mean((2, 3))).min().item() for rows in (queries, last))
         allowed = 2 * own + 8 * rounding / max(left, 1e-3) * (exact.norm() + values.double().norm())
         assert error <= allowed, f"scores: error {error:.3g}, allowed {allowed:.3g}"
         outputs = attend(queries, keys, values, **keywords, backend="torch")

@@ -9,6 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 import models
 from mmshiftkv import CACHE_ARGUMENT, ShiftKVCache
 from mmshiftkv.storage.base import SelectedLayer
+from mmshiftkv.storage.windows import WindowLayer
 
 NEW_TOKENS = 6
 LAYERS = 2
@@ -23,12 +24,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }
-# Fixed storage is for models all of whose layers are full-attention layers.
-FIXED_FAMILIES = [name for name, changes in FAMILIES.items() if "layer_types" not in changes]
 STORAGES: dict[str, dict[str, Any]] = {"growing": {}, "fixed": {"max_new_tokens": NEW_TOKENS}}
-FAMILIES_AND_STORAGES = [
-    (family, storage) for family in FAMILIES for storage in STORAGES if storage == "growing" or family in FIXED_FAMILIES
-]
+FAMILIES_AND_STORAGES = [(family, storage) for family in FAMILIES for storage in STORAGES]
 
 
 @functools.cache
@@ -76,7 +73,7 @@ def contents(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Copies of the keys and values of each layer, without slots that are not filled."""
     held = []
     for layer in cache.layers:
-        stored = layer.stored if isinstance(layer, SelectedLayer) else layer.keys.shape[2]
+        stored = layer.stored if isinstance(layer, SelectedLayer | WindowLayer) else layer.keys.shape[2]
         held.append((layer.keys[:, :, :stored].clone(), layer.values[:, :, :stored].clone()))
     return held
 

@@ -11,8 +11,8 @@ from transformers import DynamicCache
 
 import models
 from caches import (
+    FAMILIES,
     FAMILIES_AND_STORAGES,
-    FIXED_FAMILIES,
     STORAGES,
     assert_same,
     contents,
@@ -166,7 +166,7 @@ def names_to_compare(family, storage):
         names = [name for name in names if name in MOVES_STATES]
     if storage == "fixed":
         names = [name for name in names if name not in OTHERWISE_FIXED]
-    if family not in FIXED_FAMILIES:
+    if "layer_types" in FAMILIES[family]:
         names.remove("crop")  # a sliding window that has moved on cannot be cropped, in either cache
     return names
 

@@ -8,7 +8,6 @@ from transformers import CompileConfig
 import models
 from caches import (
     FAMILIES_AND_STORAGES,
-    FIXED_FAMILIES,
     NEW_TOKENS,
     STORAGES,
     assert_same,
@@ -104,7 +103,6 @@ CHUNKED = {"as-single": {}, "as-chunked": {"prefill": "chunked"}, "fixed": STORA
         pytest.param(family, CHUNKED[name], id=f"{family}-{name}")
         for family in ("llama", "qwen3", "gemma3_text", "mixtral")
         for name in CHUNKED
-        if name != "fixed" or family in FIXED_FAMILIES
     ],
 )
 def test_prefill_in_chunks(family, settings, chunk):
@@ -152,22 +150,22 @@ class TestRefusedByTransformers:
 
 
 class TestWithoutUseCache:
-    """`use_cache=False` and a cache all the same: `generate` feeds the whole text to it at every step."""
+    """`use_cache=False` and a cache all the same: `generate` feeds the whole text to any cache at every step."""
 
+    @pytest.mark.parametrize("budget", [BUDGET, 24])
     @pytest.mark.parametrize("storage", STORAGES)
-    def test_a_covering_budget_does_as_a_dynamic_cache(self, storage):
-        model, ids = model_of("llama"), models.prompt_ids(1, 24)
-        expected = generate(model, dynamic(model), ids, use_cache=False)
-        found = generate(model, covering(model, storage), ids, use_cache=False)
-        assert found.sequences.equal(expected.sequences)
-        assert_same(found.logits, expected.logits, storage)
-
-    @pytest.mark.parametrize("storage", STORAGES)
-    def test_a_compressed_prompt_is_not_fed_again(self, storage):
+    def test_the_text_is_not_fed_again(self, storage, budget):
         model = model_of("llama")
-        cache = ShiftKVCache(model, budget=BUDGET, **STORAGES[storage])
+        cache = ShiftKVCache(model, budget=budget, **STORAGES[storage])
         with pytest.raises(ValueError, match="use_cache"):
             generate(model, cache, models.prompt_ids(1, 24), use_cache=False)
+
+    def test_a_model_whose_config_says_so(self):
+        model = model_of("llama")
+        model.generation_config.use_cache = False
+        with pytest.raises(ValueError, match="give use_cache=True"):
+            generate(model, ShiftKVCache(model, budget=BUDGET), models.prompt_ids(1, 24))
+        generate(model, ShiftKVCache(model, budget=BUDGET), models.prompt_ids(1, 24), use_cache=True)
 
     def test_no_cache_at_all_is_not_touched_by_ours(self):
         model, ids = model_of("llama"), models.prompt_ids(1, 24)

@@ -3,6 +3,7 @@
     python examples/benchmarks/quality/compare.py --count 100 --json compare.json --plot compare.png
     python examples/benchmarks/quality/compare.py --methods shiftkv snapkv --budgets 64 --tasks lookup
     python examples/benchmarks/quality/compare.py --methods all --budgets 64 32
+    python examples/benchmarks/quality/compare.py --document-first --count 140 --budgets 128 64
     python examples/benchmarks/quality/compare.py --read compare.json peers.json --plot compare.png
 
 Every task gets the same held-out questions with the full cache and with each method at each budget. The first table
@@ -10,8 +11,9 @@ gives exact match (case and white space count) and ANLS (the measure of DocVQA) 
 attention recall of each layer: how much of what the full cache's own answer looks at while it is decoded is among the
 tokens that are kept. `--methods all` has those of the folder peers besides, which count values or look ahead, and
 ShiftKV's presets; "full_attention" is a limit, as it knows the answer. The JSON file adds 95 % bootstrap intervals, the
-settings and the versions, its scores being fractions 0..1. Without `--model` the small Qwen2.5-VL of this repository
-answers: it reads such pages, and no other documents. With `--model` the small LLaVA-NeXT answers about its own pages:
+settings and the versions, its scores being fractions 0..1. With `--document-first` the page is compressed before the
+question is known, as `mmshiftkv.Document` does it. Without `--model` the small Qwen2.5-VL of this repository answers:
+it reads such pages, and no other documents. With `--model` the small LLaVA-NeXT answers about its own pages:
 
     python examples/benchmarks/quality/compare.py --model examples/assets/tiny_llava_next --budgets 512 256 128 64 \\
         --methods shiftkv qwen-settings value-aware value-aware-qwen snapkv expected_attention
@@ -48,6 +50,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The checked arguments, each method, budget and task once; exits with a message when they are wrong."""
     need_packages(script_parser(__doc__), ("numpy", "PIL", "rapidfuzz", "tabulate", "tqdm"))
     from benchmarks.quality.comparison import ALL, COMPARED, USUAL
+    from benchmarks.quality.peers import PEERS
     from benchmarks.quality.questions import check_fonts, question_arguments
     from tiny_vlm.pages import HELD_OUT_SEED, TASKS
 
@@ -59,6 +62,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=[*COMPARED, "all"],
         default=USUAL,
         help=f"to compress with; the full cache is always measured (default: {' '.join(USUAL)})",
+    )
+    add(
+        "--document-first",
+        action="store_true",
+        help="compress the page before the question is known; without recall, and without the peers",
     )
     add("--plot", type=picture_file, help="draw exact match and recall against the budget into this file, such as .png")
     add(
@@ -76,6 +84,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if "all" in arguments.methods:
         arguments.methods = ALL
     drop_repeats(arguments, "methods", "budgets", "tasks")
+    peers = [method for method in arguments.methods if method in PEERS]
+    if arguments.document_first and peers:
+        parser.error(f"--document-first: not for {', '.join(peers)}, which look at more than a page")
     return arguments
 
 

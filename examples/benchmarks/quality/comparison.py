@@ -84,6 +84,13 @@ class Setup:
             return make_peer(method, model, self.budget, prompts, **self.settings)
         return make_cache(method, model, self.budget, **self.settings)
 
+    def document_options(self) -> dict[str, Any]:
+        """What `mmshiftkv.Document` takes to compress a page so."""
+        if self.method == "full":
+            return {"budget": 1.0}
+        method = COMPARED[self.method].method
+        return {"budget": self.budget, "method": method, "cache_settings": self.settings}
+
 
 @dataclass(frozen=True)
 class Recall:
@@ -163,7 +170,7 @@ def recall_table(results: Sequence[Result]) -> str:
 
 def record(results: Sequence[Result], model: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that a reader of the numbers needs to repeat them, ready for JSON."""
-    names = ("methods", "budgets", "tasks", "count", "batch_size", "seed", "builtin_font_only")
+    names = ("methods", "budgets", "tasks", "count", "batch_size", "seed", "builtin_font_only", "document_first")
     return {
         "settings": {
             "model": arguments.model.resolve().name,
@@ -212,8 +219,9 @@ def joined(records: Sequence[dict[str, Any]]) -> list[Result]:
     Raises:
         ValueError: they are not about the same questions.
     """
-    for name in ("tasks", "count", "seed", "builtin_font_only", "model"):
-        first, *others = (one["settings"][name] for one in records)
+    for name in ("tasks", "count", "seed", "builtin_font_only", "model", "document_first"):
+        # Records from before there was a choice had the question in the prompt.
+        first, *others = (one["settings"].get(name, False) for one in records)
         for other in others:
             if other != first:
                 raise ValueError(

@@ -2,7 +2,7 @@
 
 import argparse
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,12 @@ from tqdm import tqdm
 
 from benchmarks.quality.comparison import Recall, Result, Setup
 from benchmarks.quality.peers import Prompts
-from benchmarks.quality.questions import question_batches
+from benchmarks.quality.questions import example_batches, question_batches
 from benchmarks.quality.recall import decode_attention, recall
 from benchmarks.quality.scoring import estimate, summarize
+from mmshiftkv import Document
 from tiny_vlm.answering import MAX_NEW_TOKENS, answer_tokens
+from tiny_vlm.pages import Example
 
 
 class Measurement:
@@ -45,13 +47,35 @@ class Measurement:
         return Recall(estimate(by_layer.mean(dim=1).tolist()), by_layer.mean(dim=0).tolist())
 
 
+class DocumentMeasurement:
+    """What the setups answered when they had read the pages of one task before its questions came; it has no recall."""
+
+    def __init__(self, model: Any, processor: Any, task: str) -> None:
+        self._model, self._processor, self._task = model, processor, task
+        self.answers: dict[Setup, list[tuple[str, str]]] = defaultdict(list)
+
+    def answer(self, setup: Setup, examples: Sequence[Example], truths: Sequence[str]) -> None:
+        """Has one setup read each page by itself, and then answer the questions of all in one batch."""
+        options = {**setup.document_options(), "max_new_tokens": MAX_NEW_TOKENS[self._task], "do_sample": False}
+        documents = [
+            Document(self._model, self._processor, example.image, decode_ahead=False, **options) for example in examples
+        ]
+        texts = Document.ask_each(documents, [example.question for example in examples])
+        self.answers[setup].extend(zip(texts, truths, strict=True))
+
+    def recall(self, setup: Setup) -> Recall | None:
+        """None."""
+        return None
+
+
 def measure(model: Any, processor: Any, setups: Sequence[Setup], arguments: argparse.Namespace) -> list[Result]:
     """Answers the same questions with every setup; a batch holds one task, as answers differ in length by task."""
-    tasks = {task: Measurement(model, processor, task) for task in arguments.tasks}
+    kind: Any = DocumentMeasurement if arguments.document_first else Measurement
+    tasks = {task: kind(model, processor, task) for task in arguments.tasks}
     total = len(tasks) * arguments.count * len(setups)
     with tqdm(total=total, unit="answer") as progress:
         for task, measurement in tasks.items():
-            for inputs, truths in question_batches(model, processor, task, arguments):
+            for inputs, truths in _batches(model, processor, task, arguments):
                 for setup in setups:
                     progress.set_description(f"{task}, {setup.method} {setup.budget or ''}".rstrip())
                     measurement.answer(setup, inputs, truths)
@@ -67,3 +91,14 @@ def measure(model: Any, processor: Any, setups: Sequence[Setup], arguments: argp
             )
         )
     return results
+
+
+def _batches(
+    model: Any, processor: Any, task: str, arguments: argparse.Namespace
+) -> Iterator[tuple[Any, Sequence[str]]]:
+    """What `answer` takes of each batch, and the right answers."""
+    if not arguments.document_first:
+        yield from question_batches(model, processor, task, arguments)
+        return
+    for examples in example_batches(model, task, arguments):
+        yield examples, [example.answer for example in examples]

@@ -62,15 +62,20 @@ def batches(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
         yield batch
 
 
+def example_batches(model: Any, task: str, arguments: argparse.Namespace) -> Iterator[list[Example]]:
+    """Pages, questions and answers of a task of the model's, in batches."""
+    fonts = BUILTIN_FONTS if arguments.builtin_font_only else ALL_FONTS
+    held_out_of_task = questions_for(model).held_out_of_task
+    return batches(held_out_of_task(task, arguments.count, arguments.seed, fonts), arguments.batch_size)
+
+
 def question_batches(
     model: Any, processor: Any, task: str, arguments: argparse.Namespace
 ) -> Iterator[tuple[Any, list[str]]]:
     """Of each batch of a task's questions the inputs, on the model's device, and the right answers."""
     from tiny_vlm.answering import build_inputs
 
-    fonts = BUILTIN_FONTS if arguments.builtin_font_only else ALL_FONTS
-    held_out_of_task = questions_for(model).held_out_of_task
-    for batch in batches(held_out_of_task(task, arguments.count, arguments.seed, fonts), arguments.batch_size):
+    for batch in example_batches(model, task, arguments):
         images, questions = [example.image for example in batch], [example.question for example in batch]
         inputs = build_inputs(processor, images, questions).to(model.device, model.dtype)
         yield inputs, [example.answer for example in batch]

@@ -68,14 +68,15 @@ class VariedValues(ShiftKV):
     def prepare(self, layer: Any, summary: Any, valid: torch.Tensor | None) -> Any:
         """The proxies, and the queries of the last tokens."""
         last = summary.last_tokens
-        queries = layer.rotate(layer.project_queries(last.hidden_states), last.cos, last.sin)
+        queries = layer.queries(last.hidden_states, last.positions)
         return Queries(super().prepare(layer, summary.summary, valid), queries)
 
     def score(
         self, layer: Any, summary: Any, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None
     ) -> torch.Tensor:
         """Scores (B, H_kv, T) float32, as `Method.score` says."""
-        columns, proxies = columns_of(keys, layer.scaling, valid), summary.proxies
+        columns = columns_of(keys, layer.scaling, valid, softcap=layer.softcap, sinks=layer.sinks)
+        proxies = summary.proxies
         mass, last_mass = (attention_of(part, columns) for part in (proxies.queries, proxies.last_query))
         mean = mass.mean(dim=(2, 3))
         proxies.has_sink = (mean > SINK_MASS).any(dim=-1)
@@ -105,7 +106,8 @@ class VariedValues(ShiftKV):
         if not self.last_tokens:
             return super().refit(layer, summary.proxies, keys, values, kept, valid)
         queries, ridge = summary.last_tokens, self.config.refit_ridge
-        return refit_values(queries, keys, values, kept, ridge=ridge, scaling=layer.scaling, valid=valid)
+        logits = {"scaling": layer.scaling, "softcap": layer.softcap, "sinks": layer.sinks}
+        return refit_values(queries, keys, values, kept, ridge=ridge, valid=valid, **logits)
 
     def _weight(self, layer: Any, values: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """What mass (B, H_kv, r, n, T) is multiplied with."""

@@ -53,12 +53,20 @@ def run_once(model: Any, ids: torch.Tensor, make_cache: Callable[[], Cache]) -> 
     )
 
 
+def asking(cache: ShiftKVCache) -> ShiftKVCache:
+    """The cache itself, whose layers ask their modules for queries instead of rebuilding them."""
+    layers = cache._decoder.attention
+    layers.update({index: layer.asking() for index, layer in layers.items()})
+    return cache
+
+
 def measure(model: Any, *, lengths: list[int], batches: list[int], budget: int, repeats: int) -> list[Prefill]:
     """Prefills of random tokens; the caches take turns, so that a drift of the machine falls on both."""
     device = model.device
     makers: dict[str, Callable[[], Cache]] = {
         "DynamicCache": lambda: DynamicCache(config=model.config),
         f"ShiftKVCache {budget}": lambda: ShiftKVCache(model, budget=budget),
+        f"ShiftKVCache {budget}, asked": lambda: asking(ShiftKVCache(model, budget=budget)),
         f"ShiftKVCache {budget}, values": lambda: ShiftKVCache(
             model, budget=budget, preset="value-aware", refit_queries=0
         ),

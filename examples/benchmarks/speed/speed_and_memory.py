@@ -16,7 +16,8 @@ With `--selection` it measures, at the shapes of Qwen2.5-VL-7B with random weigh
 - one layer's selection by step, as published, and counting values without and with a refit (at every budget); beside
   the published one the same with the whole attention of the proxies in memory, as it was published, and the least time
   that its operations and bytes need at the rates measured here;
-- whole prefills, time and peak memory, with DynamicCache and with ShiftKVCache in turn, at the first budget.
+- whole prefills, time and peak memory, with DynamicCache and with ShiftKVCache in turn, at the first budget; "asked" is
+  the published selection with queries asked of the attention modules, as for models whose queries cannot be rebuilt.
 """
 
 import argparse

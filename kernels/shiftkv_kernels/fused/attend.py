@@ -3,15 +3,14 @@
 A launch goes over parts of the tokens; where there are several, a small one combines them.  Exponentials are in base 2.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from ..device import gpu_of
 from .finite import finite, load_rows
-from .log_sums import LARGEST_LOGIT, LOWEST
+from .log_sums import LARGEST_LOGIT, LOWEST, load_sinks, start_softmax
+from .logits import logit_scales, soft_capped
 from .products import tile_products, whole_features
 from .tiles import Tiles, choose_attend_tiles, split
 
@@ -20,14 +19,14 @@ _COMBINED_ROWS = 16
 
 @triton.jit
 def _add_tile(
-    b_q, p_q, m_rows, p_k, p_v, p_valid, start, end, m_t, largest, total, outputs, scale, stride_kt, stride_kd,
-    stride_vt, stride_vd, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D_V: tl.constexpr, EXACT: tl.constexpr,
-    BLOCK_T: tl.constexpr, FINITE: tl.constexpr,
+    b_q, p_q, m_rows, p_k, p_v, p_valid, start, end, m_t, largest, total, outputs, scale, cap_scale,
+    stride_kt, stride_kd, stride_vt, stride_vd, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D_V: tl.constexpr,
+    EXACT: tl.constexpr, BLOCK_T: tl.constexpr, FINITE: tl.constexpr,
 ):  # fmt: skip
     """One step of the running softmax, over a tile of tokens; `m_t` is None for a whole tile."""
     t = tl.arange(0, BLOCK_T)
     p_tile = p_k + tl.cast(start, tl.int64) * stride_kt + tl.cast(t, tl.int64)[None, :] * stride_kt
-    logits = tile_products(b_q, p_q, m_rows, 1, p_tile, m_t, stride_kd, D)
+    logits = soft_capped(tile_products(b_q, p_q, m_rows, 1, p_tile, m_t, stride_kd, D), cap_scale)
     if p_valid is not None:
         is_valid = tl.load(p_valid + start + t, mask=start + t < end, other=0) != 0
         logits = tl.where(is_valid[None, :], logits, float("-inf"))
@@ -49,25 +48,24 @@ def _add_tile(
 
 @triton.jit
 def _attend_to(
-    b_q, p_q, m_rows, p_k, p_v, p_valid, begin, end, scale, stride_kt, stride_kd, stride_vt, stride_vd,
-    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D_V: tl.constexpr, EXACT: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_T: tl.constexpr, FINITE: tl.constexpr,
+    b_q, p_q, m_rows, p_k, p_v, p_valid, sinks, begin, end, scale, cap_scale, stride_kt, stride_kd, stride_vt,
+    stride_vd, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D_V: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, FINITE: tl.constexpr,
 ):  # fmt: skip
     """Softmax state of a block of queries over some tokens; unless FINITE, numbers that are not are looked for."""
-    largest = tl.full([BLOCK_Q], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
+    largest, total = start_softmax(sinks, BLOCK_Q)
     outputs = tl.zeros([BLOCK_Q, BLOCK_D_V], tl.float32)
     whole = begin + (end - begin) // BLOCK_T * BLOCK_T
     for start in range(begin, whole, BLOCK_T):
         largest, total, outputs = _add_tile(
-            b_q, p_q, m_rows, p_k, p_v, p_valid, start, end, None, largest, total, outputs, scale, stride_kt, stride_kd,
-            stride_vt, stride_vd, D, D_V, BLOCK_D_V, EXACT, BLOCK_T, FINITE,
+            b_q, p_q, m_rows, p_k, p_v, p_valid, start, end, None, largest, total, outputs, scale, cap_scale,
+            stride_kt, stride_kd, stride_vt, stride_vd, D, D_V, BLOCK_D_V, EXACT, BLOCK_T, FINITE,
         )  # fmt: skip
     if whole < end:
         m_t = whole + tl.arange(0, BLOCK_T) < end
         largest, total, outputs = _add_tile(
-            b_q, p_q, m_rows, p_k, p_v, p_valid, whole, end, m_t, largest, total, outputs, scale, stride_kt, stride_kd,
-            stride_vt, stride_vd, D, D_V, BLOCK_D_V, EXACT, BLOCK_T, FINITE,
+            b_q, p_q, m_rows, p_k, p_v, p_valid, whole, end, m_t, largest, total, outputs, scale, cap_scale,
+            stride_kt, stride_kd, stride_vt, stride_vd, D, D_V, BLOCK_D_V, EXACT, BLOCK_T, FINITE,
         )  # fmt: skip
     return largest, total, outputs
 
@@ -78,6 +76,7 @@ def _attend_kernel(
     p_keys,
     p_values,
     p_valid,
+    p_sinks,
     p_outputs,
     p_sums,
     N,
@@ -85,6 +84,7 @@ def _attend_kernel(
     H_KV,
     tiles_per_part,
     scale,
+    cap_scale,
     stride_qb,
     stride_qh,
     stride_qn,
@@ -123,11 +123,15 @@ def _attend_kernel(
     p_v = p_values + batch * stride_vb + kv_head * stride_vh
     if p_valid is not None:
         p_valid += batch * stride_mb
+    sinks = None
+    if p_sinks is not None:
+        # Once, with the first part.
+        sinks = tl.where(part == 0, load_sinks(p_sinks, kv_head * R + head, True), float("-inf"))
     begin = part * tiles_per_part * BLOCK_T
     end = tl.minimum(begin + tiles_per_part * BLOCK_T, T)
     largest, total, outputs = _attend_to(
-        b_q, p_q, m_rows, p_k, p_v, p_valid, begin, end, scale, stride_kt, stride_kd, stride_vt, stride_vd,
-        D, D_V, BLOCK_D_V, EXACT, BLOCK_Q, BLOCK_T, True,
+        b_q, p_q, m_rows, p_k, p_v, p_valid, sinks, begin, end, scale, cap_scale, stride_kt, stride_kd, stride_vt,
+        stride_vd, D, D_V, BLOCK_D_V, EXACT, BLOCK_Q, BLOCK_T, True,
     )  # fmt: skip
     # To look at every number takes its time: only where one turns out not to be finite.
     is_broken = (total < float("inf")) == 0
@@ -135,8 +139,8 @@ def _attend_kernel(
     is_broken |= (tl.sum(outputs, 1) == tl.sum(outputs, 1)) == 0
     if tl.max(tl.where(is_broken, 1, 0), 0) > 0:
         largest, total, outputs = _attend_to(
-            b_q, p_q, m_rows, p_k, p_v, p_valid, begin, end, scale, stride_kt, stride_kd, stride_vt, stride_vd,
-            D, D_V, BLOCK_D_V, EXACT, BLOCK_Q, BLOCK_T, False,
+            b_q, p_q, m_rows, p_k, p_v, p_valid, sinks, begin, end, scale, cap_scale, stride_kt, stride_kd, stride_vt,
+            stride_vd, D, D_V, BLOCK_D_V, EXACT, BLOCK_Q, BLOCK_T, False,
         )  # fmt: skip
     outputs /= tl.where(total > 0, total, 1.0)[:, None]
     first_row = (tl.cast(part, tl.int64) * tl.num_programs(2) + pair) * R * N + tl.cast(head, tl.int64) * N
@@ -174,6 +178,8 @@ def attend(
     values: torch.Tensor,
     *,
     scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
@@ -201,13 +207,14 @@ def attend(
             keys,
             values,
             None if valid is None else valid.contiguous().view(torch.uint8),
+            None if sinks is None else sinks.contiguous(),
             by_part,
             sums,
             count,
             tokens,
             kv_heads,
             tiles_per_part,
-            scaling / math.log(2),
+            *logit_scales(scaling, softcap),
             *queries.stride()[:3],
             *keys.stride(),
             *values.stride(),

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ..device import gpu_of
 from .log_sums import LEAST_COLUMNS, Problem, last_weights, launch_options, log_sums, problem_of
+from .logits import soft_capped
 from .products import tile_products
 from .tiles import Tiles, choose_tiles, split
 
@@ -18,21 +19,26 @@ _LEAST_SPAN = 8
 
 
 @triton.jit
-def _mean_last_mass(b_k, p_k, m_t, stride_kd, p_last, p_shifts, scale, stride_lh, R: tl.constexpr, D: tl.constexpr):
+def _mean_last_mass(
+    b_k, p_k, m_t, stride_kd, p_last, p_shifts, scale, cap_scale, stride_lh, R: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
     """Mean weight that a KV head's last queries put on each of a tile of tokens."""
     total = tl.zeros([p_k.shape[0]], tl.float32)
     for first in tl.static_range(0, R, LEAST_COLUMNS):
-        total += tl.sum(last_weights(b_k, p_k, m_t, stride_kd, p_last, p_shifts, first, scale, stride_lh, R, D), 1)
+        weights = last_weights(b_k, p_k, m_t, stride_kd, p_last, p_shifts, first, scale, cap_scale, stride_lh, R, D)
+        total += tl.sum(weights, 1)
     return total * (1.0 / R)
 
 
 @triton.jit
-def _weights_by_group(logits, scale, shifts, BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr):
-    """Weights of (BLOCK_T, GROUPS * SPAN) logits, summed over each group as far as a thread can: (.., GROUPS, 4).
+def _weights_by_group(
+    logits, scale, cap_scale, shifts, BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr
+):
+    """Weights of (BLOCK_T, GROUPS * SPAN) products, summed over each group as far as a thread can: (.., GROUPS, 4).
 
     A thread holds two neighbouring columns of every eight, so two of the five dimensions are its own.
     """
-    weights = tl.exp2(tl.fma(logits, scale, shifts[None, :]))
+    weights = tl.exp2(tl.fma(soft_capped(logits, cap_scale), scale, shifts[None, :]))
     weights = tl.reshape(weights, [BLOCK_T, GROUPS, SPAN // 8, 4, 2])
     return tl.sum(tl.sum(weights, 4), 2)
 
@@ -52,6 +58,7 @@ def _group_mass_kernel(
     H_KV,
     chunks_per_program,
     scale,
+    cap_scale,
     stride_pb,
     stride_ph,
     stride_pn,
@@ -97,7 +104,7 @@ def _group_mass_kernel(
     first_head, heads = tl.cast(pair, tl.int64) * R, tl.cast(tl.num_programs(2), tl.int64) * R
     p_last_shifts = p_shifts + heads * N + first_head
     p_shifts += first_head * N
-    last_mass = _mean_last_mass(b_k, p_k, m_t, stride_kd, p_last, p_last_shifts, scale, stride_lh, R, D)
+    last_mass = _mean_last_mass(b_k, p_k, m_t, stride_kd, p_last, p_last_shifts, scale, cap_scale, stride_lh, R, D)
     if share == 0:
         p_out = p_last_mass + tl.cast(pair, tl.int64) * T + t
         # No mass, but still no number where a key is not finite.
@@ -124,7 +131,7 @@ def _group_mass_kernel(
             m_q = (chunk * GROUPS + group < G) & (passed + member < GROUP_SIZE)
             shifts = tl.load(p_tile_shifts, mask=m_q, other=float("-inf"))
             logits = tile_products(b_k, p_k, m_t, stride_kd, p_tile, m_q, 1, D)
-        sums += _weights_by_group(logits, scale, shifts, BLOCK_T, GROUPS, SPAN)
+        sums += _weights_by_group(logits, scale, cap_scale, shifts, BLOCK_T, GROUPS, SPAN)
         if i % TILES == TILES - 1:
             g = chunk * GROUPS + tl.arange(0, GROUPS)
             mass = tl.fma(tl.sum(sums, 2), 1.0 / (R * (GROUP_SIZE + 1)), last_mass[:, None])
@@ -142,6 +149,8 @@ def group_mass(
     *,
     num_groups: int,
     scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
     tiles: tuple[Tiles, Tiles] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,7 +161,7 @@ def group_mass(
     Args:
         tiles: of the two passes, to measure others than the built-in ones.
     """
-    problem = problem_of(proxy_queries, last_query, keys, scaling, valid)
+    problem = problem_of(proxy_queries, last_query, keys, scaling, softcap, sinks, valid)
     gpu = gpu_of(keys.device)
     first, second = tiles or choose_tiles(problem.constants["BLOCK_D"], keys.element_size(), keys.shape[2], gpu)
     with torch.cuda.device_of(keys):
@@ -186,7 +195,7 @@ def _masses(
         num_groups,
         kv_heads,
         chunks_per_program,
-        problem.scale,
+        *problem.scales,
         *problem.strides,
         **problem.constants,
         GROUP_SIZE=group_size,

@@ -3,13 +3,13 @@
 A launch goes over parts of the tokens; where there are several, a small one combines what they came to.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from .logits import logit_scales, soft_capped
 from .products import tile_products
 from .tiles import Tiles, split
 
@@ -20,6 +20,32 @@ LARGEST_LOGIT = tl.constexpr(1.0e37)
 _COMBINED_ROWS = 256
 # The fewest columns that a tile product can have.
 LEAST_COLUMNS = tl.constexpr(16)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_sinks(p_sinks, head, mask):
+    """The learned sinks of query heads, in base 2."""
+    return tl.cast(tl.load(p_sinks + head, mask=mask, other=0.0), tl.float32) * LOG2_E
+
+
+@triton.jit
+def start_softmax(sinks, BLOCK: tl.constexpr):
+    """Largest logit and sum of a softmax before any token: of learned sinks in base 2, None if there are none."""
+    largest = tl.full([BLOCK], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    if sinks is not None:
+        largest = tl.maximum(largest, sinks)
+        total += tl.exp2(sinks - largest)
+    return largest, total
+
+
+@triton.jit
+def _with_sinks(shifts, sinks):
+    """Minus log-sum-exps with learned sinks among their terms; a row that attends to no token stays without one."""
+    largest = tl.maximum(-shifts, sinks)
+    with_sinks = -largest - tl.log2(tl.exp2(-shifts - largest) + tl.exp2(sinks - largest))
+    return tl.where(shifts < -LOWEST, with_sinks, shifts)
 
 
 @triton.jit
@@ -32,7 +58,7 @@ def _accumulate(logits, scale, largest, total):
 
 @triton.jit
 def _log_sum(
-    b_q, p_q, m_rows, p_k, p_valid, begin, end, scale, stride_kt, stride_kd,
+    b_q, p_q, m_rows, p_k, p_valid, begin, end, scale, cap_scale, stride_kt, stride_kd,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, FINITE: tl.constexpr,
 ):  # fmt: skip
     """Largest logit and sum of a block of query rows over some tokens; unless FINITE, others are looked for."""
@@ -42,7 +68,7 @@ def _log_sum(
     total = tl.zeros([BLOCK_Q], tl.float32)
     for start in range(begin, whole, BLOCK_T):
         p_tile = p_k + tl.cast(start, tl.int64) * stride_kt
-        logits = tile_products(b_q, p_q, m_rows, 1, p_tile, None, stride_kd, D)
+        logits = soft_capped(tile_products(b_q, p_q, m_rows, 1, p_tile, None, stride_kd, D), cap_scale)
         if p_valid is not None:
             m_t = tl.load(p_valid + start + t) != 0
             logits = tl.where(m_t[None, :], logits, float("-inf"))
@@ -52,7 +78,7 @@ def _log_sum(
     if whole < end:
         m_t = whole + t < end
         p_tile = p_k + tl.cast(whole, tl.int64) * stride_kt
-        logits = tile_products(b_q, p_q, m_rows, 1, p_tile, m_t, stride_kd, D)
+        logits = soft_capped(tile_products(b_q, p_q, m_rows, 1, p_tile, m_t, stride_kd, D), cap_scale)
         if p_valid is not None:
             m_t &= tl.load(p_valid + whole + t, mask=m_t, other=0) != 0
         logits = tl.where(m_t[None, :], logits, float("-inf"))
@@ -68,12 +94,14 @@ def _log_sum_kernel(
     p_last,
     p_keys,
     p_valid,
+    p_sinks,
     p_shifts,
     N,
     T,
     H_KV,
     tiles_per_part,
     scale,
+    cap_scale,
     stride_pb,
     stride_ph,
     stride_pn,
@@ -94,6 +122,7 @@ def _log_sum_kernel(
     """Minus the log-sum-exp of a block of query rows over a part of the tokens.
 
     A block has proxies of one query head or, the last blocks of a KV head, the last queries of its R query heads.
+    `p_sinks` is None where there are none, or several parts: then they are added with the parts.
     """
     block, part, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, kv_head = tl.cast(pair // H_KV, tl.int64), tl.cast(pair % H_KV, tl.int64)
@@ -121,35 +150,42 @@ def _log_sum_kernel(
     begin = part * tiles_per_part * BLOCK_T
     end = tl.minimum(begin + tiles_per_part * BLOCK_T, T)
     largest, total = _log_sum(
-        b_q, p_q, m_rows, p_k, p_valid, begin, end, scale, stride_kt, stride_kd, D, BLOCK_Q, BLOCK_T, True
+        b_q, p_q, m_rows, p_k, p_valid, begin, end, scale, cap_scale, stride_kt, stride_kd, D, BLOCK_Q, BLOCK_T, True
     )
     # To look at every logit takes a fifth of the time: only where a key or query turns out not to be finite.
     if tl.max(tl.where(total < float("inf"), 0, 1), 0) > 0:
         largest, total = _log_sum(
-            b_q, p_q, m_rows, p_k, p_valid, begin, end, scale, stride_kt, stride_kd, D, BLOCK_Q, BLOCK_T, False
-        )
+            b_q, p_q, m_rows, p_k, p_valid, begin, end, scale, cap_scale, stride_kt, stride_kd, D, BLOCK_Q, BLOCK_T,
+            False,
+        )  # fmt: skip
     # Shifts of a part: (B, H, N) of the proxies, then (B, H) of the last queries.
     heads = tl.cast(tl.num_programs(2), tl.int64) * R
     first_head = tl.cast(pair, tl.int64) * R
     first_row = tl.where(is_last, heads * N + first_head, (first_head + head) * N)
-    tl.store(p_shifts + part * heads * (N + 1) + first_row + rows, -largest - tl.log2(total), mask=m_rows)
+    p_out = p_shifts + part * heads * (N + 1) + first_row + rows
+    shifts = -largest - tl.log2(total)
+    if p_sinks is not None:
+        shifts = _with_sinks(shifts, load_sinks(p_sinks, kv_head * R + tl.where(is_last, rows, head), m_rows))
+    tl.store(p_out, shifts, mask=m_rows)
 
 
 @triton.jit
-def last_weights(b_k, p_k, m_t, stride_kd, p_last, p_shifts, first, scale, stride_lh, R: tl.constexpr, D: tl.constexpr):
+def last_weights(
+    b_k, p_k, m_t, stride_kd, p_last, p_shifts, first, scale, cap_scale, stride_lh, R: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
     """Weights (tokens, LEAST_COLUMNS) of a KV head's last queries, from `first` on; 0 for one that has no log-sum."""
     h = first + tl.arange(0, LEAST_COLUMNS)
     m_h = h < R
     p_q = p_last + tl.cast(h, tl.int64)[None, :] * stride_lh
-    logits = tile_products(b_k, p_k, m_t, stride_kd, p_q, m_h, 1, D)
+    logits = soft_capped(tile_products(b_k, p_k, m_t, stride_kd, p_q, m_h, 1, D), cap_scale)
     shifts = tl.load(p_shifts + h, mask=m_h, other=float("-inf"))
     weights = tl.exp2(tl.fma(logits, scale, shifts[None, :]))
     return tl.where(shifts[None, :] < -LOWEST, weights, 0.0)
 
 
 @triton.jit
-def _combine_kernel(p_parts, p_shifts, rows, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """The shifts over all tokens, from those over parts of them."""
+def _combine_kernel(p_parts, p_sinks, p_shifts, rows, N, H, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The shifts over all tokens, from those over parts of them; without sinks N and H are None."""
     row = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_row = row < rows
     smallest = tl.full([BLOCK], -LOWEST, tl.float32)
@@ -158,16 +194,23 @@ def _combine_kernel(p_parts, p_shifts, rows, PARTS: tl.constexpr, BLOCK: tl.cons
     total = tl.zeros([BLOCK], tl.float32)
     for part in tl.static_range(PARTS):
         total += tl.exp2(smallest - tl.load(p_parts + part * rows + row, mask=m_row, other=0.0))
-    tl.store(p_shifts + row, smallest - tl.log2(total), mask=m_row)
+    p_out = p_shifts + row
+    shifts = smallest - tl.log2(total)
+    if p_sinks is not None:
+        proxies = rows // (N + 1) * N
+        head = tl.where(row < proxies, row // N, row - proxies) % H
+        shifts = _with_sinks(shifts, load_sinks(p_sinks, head, m_row))
+    tl.store(p_out, shifts, mask=m_row)
 
 
 class Problem(NamedTuple):
     """The tensors of one call, and what all of its launches are given."""
 
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+    sinks: torch.Tensor | None
     strides: tuple[int, ...]
     constants: dict[str, Any]
-    scale: float
+    scales: tuple[float, float | None]
     pairs: int  # KV heads of all rows of the batch
 
 
@@ -176,6 +219,8 @@ def problem_of(
     last_query: torch.Tensor,
     keys: torch.Tensor,
     scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
     valid: torch.Tensor | None,
 ) -> Problem:
     """What the launches of both passes share."""
@@ -187,6 +232,7 @@ def problem_of(
         last_query = last_query.contiguous()
     return Problem(
         (proxy_queries, last_query, keys, None if valid is None else valid.contiguous().view(torch.uint8)),
+        None if sinks is None else sinks.contiguous(),
         (*proxy_queries.stride()[:3], *last_query.stride()[:2], *keys.stride(), tokens),
         {
             "R": heads // kv_heads,
@@ -194,7 +240,7 @@ def problem_of(
             "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
             "EXACT": keys.dtype == torch.float32,
         },
-        scaling / math.log(2),
+        logit_scales(scaling, softcap),
         batch * kv_heads,
     )
 
@@ -211,12 +257,13 @@ def log_sums(problem: Problem, tiles: Tiles, multiprocessors: int) -> torch.Tens
     shifts = keys.new_empty((parts, rows), dtype=torch.float32)
     _log_sum_kernel[blocks, parts, problem.pairs](
         *problem.tensors,
+        problem.sinks if parts == 1 else None,
         shifts,
         count,
         tokens,
         kv_heads,
         tiles_per_part,
-        problem.scale,
+        *problem.scales,
         *problem.strides,
         **problem.constants,
         **launch_options(tiles, "BLOCK_Q", "BLOCK_T"),
@@ -224,7 +271,10 @@ def log_sums(problem: Problem, tiles: Tiles, multiprocessors: int) -> torch.Tens
     if parts == 1:
         return shifts
     combined = keys.new_empty(rows, dtype=torch.float32)
-    _combine_kernel[(triton.cdiv(rows, _COMBINED_ROWS),)](shifts, combined, rows, PARTS=parts, BLOCK=_COMBINED_ROWS)
+    sizes = (None, None) if problem.sinks is None else (count, heads)
+    _combine_kernel[(triton.cdiv(rows, _COMBINED_ROWS),)](
+        shifts, problem.sinks, combined, rows, *sizes, PARTS=parts, BLOCK=_COMBINED_ROWS
+    )
     return combined
 
 

@@ -5,15 +5,14 @@
 3. Conjugate gradients (solve.py).
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from ..reference.values import LEAST_ATTENTION as _LEAST_ATTENTION
 from .finite import load_finite, load_rows
-from .log_sums import LARGEST_LOGIT, LOWEST
+from .log_sums import LARGEST_LOGIT, load_sinks, start_softmax
+from .logits import logit_scales, soft_capped
 from .products import tile_products, whole_features
 from .solve import MOST_ON_CHIP, solve
 
@@ -24,12 +23,13 @@ _FEW_PRODUCTS, _MANY_PRODUCTS = 32, 64  # rows and columns of a tile of products
 
 @triton.jit
 def _logits_of_kept(
-    b_q, p_q, m_rows, p_k, p_kept, p_valid, c, C, stride_kt, stride_kd, scale, D: tl.constexpr
+    b_q, p_q, m_rows, p_k, p_kept, p_valid, c, C, stride_kt, stride_kd, scale, cap_scale, D: tl.constexpr
 ):  # fmt: skip
     """Logits in base 2 of queries and the kept tokens c, -inf where there is none, padding or no finite key."""
     m_c = c < C
     token = tl.load(p_kept + c, mask=m_c, other=0)
-    logits = tile_products(b_q, p_q, m_rows, 1, p_k + token[None, :] * stride_kt, m_c, stride_kd, D)
+    products = tile_products(b_q, p_q, m_rows, 1, p_k + token[None, :] * stride_kt, m_c, stride_kd, D)
+    logits = soft_capped(products, cap_scale)
     if p_valid is not None:
         m_c &= tl.load(p_valid + token, mask=m_c, other=0) != 0
     return tl.where(m_c[None, :] & (tl.abs(logits) < LARGEST_LOGIT), logits * scale, float("-inf"))
@@ -68,6 +68,7 @@ def _missing_kernel(
     p_keys,
     p_values,
     p_valid,
+    p_sinks,
     p_kept,
     p_attention,
     p_missing,
@@ -75,6 +76,7 @@ def _missing_kernel(
     C,
     H_KV,
     scale,
+    cap_scale,
     stride_qb,
     stride_qh,
     stride_qn,
@@ -116,24 +118,32 @@ def _missing_kernel(
     given = tl.zeros([BLOCK_Q, BLOCK_D_V], tl.float32)
     p_attention += (pair * R * N + row)[:, None] * C
     block = tl.arange(0, BLOCK_C)
+    sinks = None
+    if p_sinks is not None:
+        sinks = load_sinks(p_sinks, kv_head * R + row // N, m_rows)
+    largest, total = start_softmax(sinks, BLOCK_Q)
     if FITS:
-        logits = _logits_of_kept(b_q, p_q, m_rows, p_k, p_kept, p_valid, block, C, stride_kt, stride_kd, scale, D)
-        shift = _log_sum(logits, tl.full([BLOCK_Q], LOWEST, tl.float32), tl.zeros([BLOCK_Q], tl.float32))
+        logits = _logits_of_kept(
+            b_q, p_q, m_rows, p_k, p_kept, p_valid, block, C, stride_kt, stride_kd, scale, cap_scale, D
+        )
+        largest, total = _log_sum(logits, largest, total)
         given = _give(
-            logits, _shift(shift[0], shift[1]), given, p_attention, p_kept, p_v, block, m_rows, C, stride_vt, stride_vd,
+            logits, _shift(largest, total), given, p_attention, p_kept, p_v, block, m_rows, C, stride_vt, stride_vd,
             D_V, BLOCK_D_V, EXACT,
         )  # fmt: skip
     else:
-        largest = tl.full([BLOCK_Q], LOWEST, tl.float32)
-        total = tl.zeros([BLOCK_Q], tl.float32)
         for start in range(0, C, BLOCK_C):
             c = start + block
-            logits = _logits_of_kept(b_q, p_q, m_rows, p_k, p_kept, p_valid, c, C, stride_kt, stride_kd, scale, D)
+            logits = _logits_of_kept(
+                b_q, p_q, m_rows, p_k, p_kept, p_valid, c, C, stride_kt, stride_kd, scale, cap_scale, D
+            )
             largest, total = _log_sum(logits, largest, total)
         shift = _shift(largest, total)
         for start in range(0, C, BLOCK_C):
             c = start + block
-            logits = _logits_of_kept(b_q, p_q, m_rows, p_k, p_kept, p_valid, c, C, stride_kt, stride_kd, scale, D)
+            logits = _logits_of_kept(
+                b_q, p_q, m_rows, p_k, p_kept, p_valid, c, C, stride_kt, stride_kd, scale, cap_scale, D
+            )
             given = _give(
                 logits, shift, given, p_attention, p_kept, p_v, c, m_rows, C, stride_vt, stride_vd, D_V, BLOCK_D_V,
                 EXACT,
@@ -191,6 +201,8 @@ def refit_values(
     scaling: float,
     ridge: float,
     steps: int,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `reference.refit_values`, on a GPU: float32, bfloat16 or float16, head dims up to 256, positive scaling."""
@@ -200,7 +212,9 @@ def refit_values(
     kept = kept.contiguous()
     valid = None if valid is None else valid.contiguous().view(torch.uint8)
     with torch.cuda.device_of(keys):
-        attention, missing = _missing(queries, outputs.contiguous(), keys, values, kept, scaling, valid)
+        outputs, scales = outputs.contiguous(), logit_scales(scaling, softcap)
+        sinks = None if sinks is None else sinks.contiguous()
+        attention, missing = _missing(queries, outputs, keys, values, kept, scales, sinks, valid)
         return solve(*_products(attention, missing), values, kept, ridge, steps)
 
 
@@ -210,7 +224,8 @@ def _missing(
     keys: torch.Tensor,
     values: torch.Tensor,
     kept: torch.Tensor,
-    scaling: float,
+    scales: tuple[float, float | None],
+    sinks: torch.Tensor | None,
     valid: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention (pairs, rows, C) and what is missing (pairs, rows, D_v), float32; a KV head's rows are neighbours."""
@@ -228,13 +243,14 @@ def _missing(
         keys,
         values,
         valid,
+        sinks,
         kept,
         attention,
         missing,
         count,
         kept.shape[2],
         kv_heads,
-        scaling / math.log(2),
+        *scales,
         *queries.stride()[:3],
         *keys.stride(),
         *values.stride(),

@@ -17,6 +17,7 @@ from ..reference.values import SINK_MASS as _SINK_MASS
 from ..reference.values import SINK_SCORE as _SINK_SCORE
 from .finite import finite, load_finite, load_rows
 from .log_sums import LEAST_COLUMNS, Problem, last_weights, launch_options, log_sums, problem_of
+from .logits import soft_capped
 from .products import tile_products
 from .tiles import Tiles, choose_value_tiles, split
 
@@ -52,6 +53,7 @@ def _moments_kernel(
     H_KV,
     steps_per_program,
     scale,
+    cap_scale,
     stride_pb,
     stride_ph,
     stride_pn,
@@ -93,7 +95,9 @@ def _moments_kernel(
         mean = tl.zeros([BLOCK_T], tl.float32)
         square = tl.zeros([BLOCK_T], tl.float32)
         for first in tl.static_range(0, R, LEAST_COLUMNS):
-            weights = last_weights(b_k, p_k, m_t, stride_kd, p_last, p_last_shifts, first, scale, stride_lh, R, D)
+            weights = last_weights(
+                b_k, p_k, m_t, stride_kd, p_last, p_last_shifts, first, scale, cap_scale, stride_lh, R, D
+            )
             mean += tl.sum(weights, 1)
             square += tl.sum(weights * weights, 1)
         tl.store(p_last_moments + row, tl.where(m_counted, mean * (1.0 / R), 0.0), mask=m_t)
@@ -116,7 +120,7 @@ def _moments_kernel(
             m_q = first + q < N
             shifts = tl.load(p_tile_shifts, mask=m_q, other=float("-inf"))
             logits = tile_products(b_k, p_k, m_t, stride_kd, p_tile, m_q, 1, D)
-        weights = tl.exp2(tl.fma(logits, scale, shifts[None, :]))
+        weights = tl.exp2(tl.fma(soft_capped(logits, cap_scale), scale, shifts[None, :]))
         sums += _sums_of(weights, BLOCK_T, BLOCK_Q)
         squares += _sums_of(weights * weights, BLOCK_T, BLOCK_Q)
     p_out = p_moments + tl.cast(share, tl.int64) * 2 * pairs * T + row
@@ -237,6 +241,8 @@ def value_scores(
     *,
     scaling: float,
     last_weight: float = 1.0,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
     tiles: tuple[Tiles, Tiles] | None = None,
 ) -> torch.Tensor:
@@ -247,7 +253,7 @@ def value_scores(
     Args:
         tiles: of the two passes over the keys, to measure others than the built-in ones.
     """
-    problem = problem_of(proxy_queries, last_query, keys, scaling, valid)
+    problem = problem_of(proxy_queries, last_query, keys, scaling, softcap, sinks, valid)
     gpu = gpu_of(keys.device)
     first, second = tiles or choose_value_tiles(problem.constants["BLOCK_D"], keys.element_size(), keys.shape[2], gpu)
     with torch.cuda.device_of(keys):
@@ -277,7 +283,7 @@ def _moments(
         tokens,
         kv_heads,
         steps_per_program,
-        problem.scale,
+        *problem.scales,
         *problem.strides,
         **problem.constants,
         EVEN=count % tiles.streamed == 0,

@@ -27,6 +27,8 @@ def value_scores(
     *,
     scaling: float,
     last_weight: float = 1.0,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What each token gives to the output of the proxies and of the last query (method, steps 7 and 8).
@@ -37,13 +39,14 @@ def value_scores(
         keys, values: (B, H_kv, T, D) and (B, H_kv, T, D_v), keys rotated; H is a multiple of H_kv.
         scaling: factor on the logits.
         last_weight: factor on what a token gives to the last query.
+        softcap, sinks: as for `group_mass`.
         valid: (B, T) bool, False for padding; None when there is none.
 
     Returns:
         (B, H_kv, T) float32, 0 for padding, NaN for tokens whose key or value is not finite.  Attention sinks, tokens
         with a mean mass of the proxies above `SINK_MASS`, have the highest scores, from `SINK_SCORE` on.
     """
-    columns = columns_of(keys, scaling, valid)
+    columns = columns_of(keys, scaling, valid, softcap=softcap, sinks=sinks)
     mean, square = _moments(proxy_queries, columns)
     output = mean.unsqueeze(2) @ finite(values.float())
     distance = torch.linalg.vector_norm(values.float() - output, dim=-1)
@@ -66,7 +69,7 @@ def _moments(queries: torch.Tensor, columns: Columns) -> tuple[torch.Tensor, tor
 
 
 def _per_remaining(mean: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
-    """Root mean square of the mass, over the mean mass of all other tokens, which takes its place."""
+    """Root mean square of the mass, over the mean mass of all else, which takes its place."""
     return square.sqrt() / (1 - mean.clamp(max=LARGEST_MEAN))
 
 
@@ -76,6 +79,8 @@ def attend(
     values: torch.Tensor,
     *,
     scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What queries behind a prompt get from it: nothing is causally masked (method, step 9).
@@ -84,12 +89,13 @@ def attend(
         queries: (B, H, n, D), rotated.
         keys, values: (B, H_kv, T, D) and (B, H_kv, T, D_v), keys rotated; H is a multiple of H_kv.
         scaling: factor on the logits.
+        softcap, sinks: as for `group_mass`.
         valid: (B, T) bool, False for padding; None when there is none.
 
     Returns:
         (B, H, n, D_v) float32.  Tokens whose key is not finite are left out, as are numbers in values.
     """
-    columns = columns_of(keys, scaling, valid)
+    columns = columns_of(keys, scaling, valid, softcap=softcap, sinks=sinks)
     given = finite(values.float()).unsqueeze(2)
     outputs = [attention_of(block, columns) @ given for block in queries.split(_QUERIES_AT_ONCE, dim=2)]
     return torch.cat(outputs, dim=3).flatten(1, 2)
@@ -105,6 +111,8 @@ def refit_values(
     scaling: float,
     ridge: float,
     steps: int,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Values with which the kept tokens give queries what the whole prompt gave them (method, step 9).
@@ -120,15 +128,19 @@ def refit_values(
         scaling: factor on the logits.
         ridge: penalty on changes, in units of the squared attention to a usual kept token, > 0.
         steps: of the conjugate gradients.
+        softcap, sinks: as for `group_mass`.
         valid: (B, T) bool, False for padding; None when there is none.
 
     Returns:
         (B, H_kv, C, D_v) of the dtype of the values.
     """
     kept_keys, kept_values = (gather_rows(part, kept) for part in (keys, values))
-    columns = columns_of(kept_keys, scaling, attended_tokens(keys, valid).gather(2, kept))
+    attended = attended_tokens(keys, valid).gather(2, kept)
+    columns = columns_of(kept_keys, scaling, attended, softcap=softcap, sinks=sinks)
     attention = attention_of(queries, columns).flatten(2, 3)
-    is_attended = columns.attended & (attention.sum(dim=-1, keepdim=True) > 0)
+    # Not by the sum of the attention, which a learned sink may leave next to nothing of.
+    is_finite = queries.isfinite().all(dim=-1, keepdim=True).unflatten(1, (kept.shape[1], -1)).flatten(2, 3)
+    is_attended = columns.attended & is_finite
     attention = attention.clamp_min(LEAST_ATTENTION).where(is_attended, 0)
     missing = outputs.float().unflatten(1, (kept.shape[1], -1)).flatten(2, 3) - attention @ kept_values.float()
     gram = attention.transpose(-1, -2) @ attention

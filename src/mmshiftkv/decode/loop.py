@@ -1,16 +1,19 @@
 """A decoding loop for `generate` that leaves the device nothing to wait for."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from ..cache import PrefillSelectionCache
 from ..model.arguments import CACHE_ARGUMENT, CACHE_ARGUMENTS
+from ..model.generation import streamer_of_generate
 from .backend import decoding_backend
+from .masks import StepMasks
 
 
 def decode_ahead(
@@ -20,16 +23,17 @@ def decode_ahead(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     synced_gpus: bool = False,
-    token_streamer: BaseStreamer | None = None,
+    streamer: BaseStreamer | None = None,
     **model_kwargs: Any,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """Greedy decoding or sampling: `model.generate(..., custom_generate=decode_ahead)`.
 
     `generate` prepares every step anew and waits for its token before it goes on; with a small cache that is a good
     part of a step.  This loop prepares once, and looks whether a step was the last one while the next already runs;
-    what that one did is taken back then.  Unless a `compile_config` is given, the step is compiled by
-    `decoding_backend`.  Tokens are those of `generate` up to rounding: the model, logits processors and stopping
-    criteria are the same.
+    what that one did is taken back then.  Where that cannot be, in models with layers of linear attention or
+    convolution, it looks before the next one runs, with all else prepared.  Unless a `compile_config` is given, the
+    step is compiled by `decoding_backend`.  Tokens are those of `generate` up to rounding: the model, logits processors
+    and stopping criteria are the same.
 
     Args:
         model: the model.
@@ -38,8 +42,8 @@ def decode_ahead(
         stopping_criteria: say which rows have ended.
         generation_config: as prepared by `generate`.
         synced_gpus: must be False.
-        token_streamer: gets the prompt and each token, one step late: `generate(..., token_streamer=streamer)`, since
-            `generate` hands no `streamer` to a loop that is not its own.
+        streamer: gets each token, one step late.  `generate` has given it the prompt, and does not hand it over to a
+            loop that is not its own: it is found in its frame.
         model_kwargs: inputs of the model, among them the cache.
 
     Returns:
@@ -56,8 +60,7 @@ def decode_ahead(
         if model._valid_auto_compile_criteria(model_kwargs, generation_config)
         else model.__call__
     )
-    if token_streamer is not None:
-        token_streamer.put(input_ids.cpu())
+    streamer = streamer or streamer_of_generate()
     loop = _Loop(input_ids, logits_processor, stopping_criteria, generation_config)
     outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
     loop.take(outputs.logits)
@@ -66,13 +69,27 @@ def decode_ahead(
     if not loop.is_full:
         step = _Step(model.prepare_inputs_for_generation(loop.ids, next_sequence_length=1, **model_kwargs), cache)
         with model._optimize_model_for_decode():
-            for inputs in step.inputs(loop):
-                loop.take(forward(**inputs, return_dict=True).logits)
-                if loop.had_ended(token_streamer):
-                    loop.take_back(cache)
-                    break
-    loop.finish(token_streamer)
+            _run_steps(forward, step, loop, cache, streamer)
+    loop.finish(streamer)
     return loop.result(cache)
+
+
+def _run_steps(
+    forward: Callable[..., Any],
+    step: "_Step",
+    loop: "_Loop",
+    cache: PrefillSelectionCache,
+    streamer: BaseStreamer | None,
+) -> None:
+    # A token cannot be taken out of a state of all tokens again.
+    can_undo = not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+    for inputs in step.inputs(loop):
+        if not can_undo and loop.has_ended():
+            return
+        loop.take(forward(**inputs, return_dict=True).logits)
+        if loop.had_ended(streamer):
+            loop.take_back(cache)
+            return
 
 
 def _checked_cache(
@@ -186,6 +203,7 @@ class _Step:
     def __init__(self, inputs: dict[str, Any], cache: PrefillSelectionCache) -> None:
         self._inputs = inputs
         self._cache = cache
+        self._masks = StepMasks(inputs.get("attention_mask"), cache)
 
     def inputs(self, loop: _Loop) -> Iterator[dict[str, Any]]:
         """The inputs of one step after another, until the sequences are full."""
@@ -196,23 +214,10 @@ class _Step:
                 return
             self._cache.begin_pass(1)
             self._inputs["input_ids"].copy_(loop.tokens)
-            if "position_ids" in self._inputs:
+            if self._inputs.get("position_ids") is not None:
                 self._inputs["position_ids"].add_(1)
-            slots = self._cache.layers[0].slots
-            mask = self._inputs["attention_mask"]
-            if isinstance(mask, dict):
-                self._inputs["attention_mask"] = {kind: self._next_mask(part, slots) for kind, part in mask.items()}
-            else:
-                self._inputs["attention_mask"] = self._next_mask(mask, slots)
+            self._inputs["attention_mask"] = self._masks.next()
             yield self._inputs
-
-    def _next_mask(self, mask: torch.Tensor, slots: int) -> torch.Tensor:
-        """The mask (B, 1, 1, slots) that shows the slot which this step writes as well."""
-        # Masks hold True or False, or are added to the logits.
-        shown, hidden = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
-        if mask.shape[-1] < slots:  # the cache has moved to larger storage
-            mask = torch.nn.functional.pad(mask, (0, slots - mask.shape[-1]), value=hidden)
-        return mask.index_fill_(-1, self._cache.layers[0].filled.view(1), shown)
 
 
 class _StepEnd:

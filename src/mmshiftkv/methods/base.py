@@ -25,6 +25,10 @@ class Method(ABC):
         """
         return 1
 
+    def check(self, layer: AttentionLayer) -> None:
+        """Raises ValueError if the method cannot score the prompts of this layer; by default it can."""
+        return None
+
     @abstractmethod
     def observe(self, layer: AttentionLayer, inputs: LayerInput, earlier: Any) -> Any:
         """What `score` will need of these tokens and of the earlier ones (`earlier` is None at first)."""
@@ -48,7 +52,7 @@ class Method(ABC):
         Args:
             layer: the attention layer.
             summary: what `prepare` returned.
-            keys, values: (B, H_kv, T, D), keys rotated.
+            keys, values: (B, H_kv, T, D) and (B, H_kv, T, D_v), keys rotated.
             valid: (B, T) bool, False for padding; None when there is none.
         """
 
@@ -61,7 +65,7 @@ class Method(ABC):
         kept: torch.Tensor,
         valid: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """New values (B, H_kv, C, D) for the kept tokens, of the dtype of `values`; None, the default, leaves them.
+        """New values (B, H_kv, C, D_v) for the kept tokens, of the dtype of `values`; None, the default, leaves them.
 
         Args:
             layer, summary, keys, values, valid: as for `score`.
@@ -99,10 +103,10 @@ def checked_scores(method: Method, scores: Any, keys: torch.Tensor) -> torch.Ten
 
 
 def checked_values(method: Method, refitted: Any, values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor | None:
-    """The values that `method` refitted to the kept columns (B, H_kv, C) of values (B, H_kv, T, D), if it did.
+    """The values that `method` refitted to the kept columns (B, H_kv, C) of values (B, H_kv, T, D_v), if it did.
 
     Raises:
-        TypeError, ValueError: they are no tensor (B, H_kv, C, D) of the dtype and on the device of the values.
+        TypeError, ValueError: they are no tensor (B, H_kv, C, D_v) of the dtype and on the device of the values.
     """
     if refitted is None:
         return None
@@ -113,6 +117,6 @@ def checked_values(method: Method, refitted: Any, values: torch.Tensor, kept: to
     if refitted.shape != shape or refitted.dtype != values.dtype or refitted.device != values.device:
         raise ValueError(
             f"{name} returned {refitted.dtype} {tuple(refitted.shape)} on {refitted.device}, must return "
-            f"{values.dtype} (B, H_kv, C, D) = {tuple(shape)} on {values.device}"
+            f"{values.dtype} (B, H_kv, C, D_v) = {tuple(shape)} on {values.device}"
         )
     return refitted

@@ -7,6 +7,7 @@ import torch
 
 from ..checks import check_integer, check_real
 from ..model.hooks import LayerInput
+from ..model.positions import Positions, map_factors
 from ..model.queries import AttentionLayer
 from .base import Method
 from .columns import first_tokens
@@ -23,15 +24,14 @@ class QueryStatistics:
         count: (B, 1, 1, 1) float32, tokens that the statistics are of: those behind the sinks.
         mean: (B, H, 1, D) float32.
         scatter: (B, H, D, D) float32, summed outer products of the deviations from the mean.
-        cos, sin: (B or 1, 1, rotary dim), of the last token.
+        last: position of the last token.
     """
 
     seen: torch.Tensor
     count: torch.Tensor
     mean: torch.Tensor
     scatter: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
+    last: Positions
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class ExpectedAttention(Method):
     As in kvpress the sinks are kept, and neither they nor their queries are looked at otherwise, and the length is that
     of the value (paper: after the output projection).  Unlike there all is done with logarithms: expected attention
     that would underflow to equal zeros still has an order.
+
+    Where a model caps its logits there is no such closed form: they are taken uncapped, and tokens with high ones count
+    for more than in the model.  A learned sink takes a share of a query head's attention, so that the head counts for
+    less among those that share a KV head; the order of a head's tokens stays.
 
     Attributes:
         future_positions: positions that the rotation is averaged over (kvpress: 512).
@@ -69,6 +73,14 @@ class ExpectedAttention(Method):
         """How many tokens are always kept: the sinks and the last."""
         return self.sinks + 1
 
+    def check(self, layer: AttentionLayer) -> None:
+        """Raises ValueError if it is not known how the layer's queries are rotated."""
+        if not layer.can_rotate:
+            raise ValueError(
+                f"model: layer {layer.index} ({type(layer.module).__name__}): ExpectedAttention needs to know how "
+                "queries are rotated, and this is none of the known ways"
+            )
+
     def observe(self, layer: AttentionLayer, inputs: LayerInput, earlier: QueryStatistics | None) -> QueryStatistics:
         """Statistics of the queries so far."""
         tokens = inputs.hidden_states.shape[1]
@@ -79,7 +91,7 @@ class ExpectedAttention(Method):
         return summary
 
     def _added(self, layer: AttentionLayer, inputs: LayerInput, earlier: QueryStatistics | None) -> QueryStatistics:
-        queries = layer.project_queries(inputs.hidden_states).float()
+        queries = layer.unrotated(inputs.hidden_states, inputs.positions).float()
         valid = inputs.valid
         if valid is None:
             valid = torch.ones(queries.shape[0], queries.shape[2], dtype=torch.bool, device=queries.device)
@@ -97,7 +109,7 @@ class ExpectedAttention(Method):
             scatter = earlier.scatter + scatter + step.transpose(-1, -2) @ step * (earlier.count * share)
             mean, count = earlier.mean + step * share, total
         seen = before + valid.sum(dim=1, keepdim=True)
-        return QueryStatistics(seen, count, mean, scatter, inputs.cos[:, -1:].clone(), inputs.sin[:, -1:].clone())
+        return QueryStatistics(seen, count, mean, scatter, inputs.positions.tokens(-1).copied())
 
     def score(
         self,
@@ -123,13 +135,15 @@ class ExpectedAttention(Method):
         self, layer: AttentionLayer, summary: QueryStatistics, keys: torch.Tensor, ignored: torch.Tensor
     ) -> torch.Tensor:
         """Logarithm of the expected attention, (B, H_kv, T), one query head of each KV head at a time."""
-        later = layer.advance(summary.cos.float(), summary.sin.float(), count=self.future_positions, stride=1)
-        mean_cos, mean_sin = (part.mean(dim=1, keepdim=True) for part in later)
+        last = summary.last.with_factors(map_factors(_wide, summary.last.factors))
+        later = layer.rotary.ahead(last, count=self.future_positions, stride=1).factors
+        # A rotation is linear in its factors, so theirs is the mean rotation.
+        mean_factors = map_factors(lambda factor: factor.mean(dim=1, keepdim=True), later)
 
-        # A rotation is linear in cos and sin, so theirs is the mean rotation.
         def rotated(states: torch.Tensor) -> torch.Tensor:
-            cos, sin = (part.expand(-1, states.shape[2], -1) for part in (mean_cos, mean_sin))
-            return layer.rotate(states, cos, sin)
+            return layer.rotate(
+                states, map_factors(lambda factor: factor.expand(-1, states.shape[2], -1), mean_factors)
+            )
 
         mean = rotated(summary.mean) * layer.scaling
         covariance = summary.scatter / summary.count.clamp_min(1) * layer.scaling**2
@@ -138,8 +152,16 @@ class ExpectedAttention(Method):
         total: torch.Tensor | None = None
         for head in range(heads_each):
             head_mean, head_covariance = mean[:, head::heads_each], covariance[:, head::heads_each]
-            logits = (keys * (head_mean + keys @ head_covariance / 2)).sum(dim=-1)
-            logs = logits.masked_fill(ignored, -torch.inf).log_softmax(dim=-1)
+            logits = (keys * (head_mean + keys @ head_covariance / 2)).sum(dim=-1).masked_fill(ignored, -torch.inf)
+            logs = logits.log_softmax(dim=-1)
+            if layer.sinks is not None:
+                sums = logits.logsumexp(dim=-1, keepdim=True)
+                # The share of the attention that the head's sink leaves to tokens.
+                logs = logs + torch.nn.functional.logsigmoid(sums - layer.sinks.float()[head::heads_each, None])
             total = logs if total is None else torch.logaddexp(total, logs)
         assert total is not None
         return total - math.log(heads_each)
+
+
+def _wide(factor: torch.Tensor) -> torch.Tensor:
+    return factor if factor.is_complex() else factor.float()

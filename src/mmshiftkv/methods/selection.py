@@ -25,6 +25,8 @@ def select_tokens(
     values: torch.Tensor | None = None,
     last_query_weight: float = 1.0,
     scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -40,6 +42,8 @@ def select_tokens(
         values: (B, H_kv, T, D_v): tokens count by what they give to the outputs, instead of by votes.
         last_query_weight: with `values`, factor on what a token gives to the last query, >= 0.
         scaling: factor on the logits; None: D ** -0.5.
+        softcap: logits x become softcap * tanh(x / softcap), as in Gemma 2, > 0; None: they are not capped.
+        sinks: (H,) floating, finite: logits of query heads that take mass and give nothing, as in gpt-oss; None: none.
         valid: (B, T) bool, False for padding, which must be on the left; None: no padding.
         backend: "auto", "triton" or "torch".
 
@@ -57,15 +61,11 @@ def select_tokens(
     check_mass(mass)
     check_real("last_query_weight", last_query_weight, lambda weight: 0 <= weight < math.inf, "a finite number >= 0")
     _check_shapes(proxy_queries, last_query, keys, values, num_groups)
-    batch, kv_heads, tokens, head_dim = keys.shape
-    valid = _checked_padding(keys, valid)
+    logits = _checked_logits(proxy_queries, scaling, softcap, sinks)
+    valid, tokens = _checked_padding(keys, valid), keys.shape[2]
     if budget >= tokens:
-        return torch.arange(tokens, device=keys.device).expand(batch, kv_heads, -1).contiguous()
-    common: dict[str, Any] = {
-        "scaling": head_dim**-0.5 if scaling is None else scaling,
-        "valid": valid,
-        "backend": backend,
-    }
+        return torch.arange(tokens, device=keys.device).expand(*keys.shape[:2], -1).contiguous()
+    common: dict[str, Any] = {**logits, "valid": valid, "backend": backend}
     if values is None:
         assert num_groups is not None
         groups, last = group_mass(proxy_queries, last_query, keys, num_groups=num_groups, **common)
@@ -84,6 +84,8 @@ def refit_values(
     ridge: float = 3.0,
     steps: int = REFIT_STEPS,
     scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -96,6 +98,8 @@ def refit_values(
         ridge: penalty on changed values, in units of the squared attention to a usual kept token, > 0.
         steps: of conjugate gradients from the values as they are.
         scaling: factor on the logits; None: D ** -0.5.
+        softcap: logits x become softcap * tanh(x / softcap), as in Gemma 2, > 0; None: they are not capped.
+        sinks: (H,) floating, finite: logits of query heads that take mass and give nothing, as in gpt-oss; None: none.
         valid: (B, T) bool, False for padding, which must be on the left; None: no padding.
         backend: "auto", "triton" or "torch".
 
@@ -108,14 +112,38 @@ def refit_values(
     check_integer("steps", steps, minimum=1)
     check_real("ridge", ridge, lambda value: 0 < value < math.inf, "a finite number > 0")
     check_choice("backend", backend, BACKENDS)
-    valid = _checked_padding(keys, valid)
-    common: dict[str, Any] = {
-        "scaling": keys.shape[-1] ** -0.5 if scaling is None else scaling,
-        "valid": valid,
-        "backend": backend,
-    }
+    logits = _checked_logits(queries, scaling, softcap, sinks)
+    common: dict[str, Any] = {**logits, "valid": _checked_padding(keys, valid), "backend": backend}
     outputs = attend(queries, keys, values, **common)
     return refit_to_outputs(queries, outputs, keys, values, kept, ridge=ridge, steps=steps, **common)
+
+
+def _checked_logits(
+    queries: torch.Tensor, scaling: float | None, softcap: Any, sinks: torch.Tensor | None
+) -> dict[str, Any]:
+    """How logits of queries (B, H, n, D) are made, as keywords of the operations.
+
+    Raises:
+        TypeError, ValueError: `softcap` or `sinks` are not such as these queries may have.
+    """
+    if softcap is not None:
+        check_real("softcap", softcap, lambda value: 0 < value < math.inf, "a finite number > 0, or None")
+    if sinks is not None:
+        _check_sinks(sinks, queries)
+    scaling = queries.shape[-1] ** -0.5 if scaling is None else scaling
+    return {"scaling": scaling, "softcap": softcap, "sinks": sinks}
+
+
+def _check_sinks(sinks: Any, queries: torch.Tensor) -> None:
+    if not isinstance(sinks, torch.Tensor) or not sinks.is_floating_point():
+        kind = sinks.dtype if isinstance(sinks, torch.Tensor) else type(sinks).__name__
+        raise TypeError(f"sinks is {kind}, must be a tensor of a floating dtype, or None")
+    if queries.ndim != 4 or sinks.shape != queries.shape[1:2]:
+        raise ValueError(f"sinks has shape {tuple(sinks.shape)}, must be (H,), one logit for each query head")
+    if sinks.device != queries.device:
+        raise ValueError(f"sinks is on {sinks.device}, must be on {queries.device} like the queries")
+    if not sinks.isfinite().all():
+        raise ValueError("sinks has numbers that are not finite")
 
 
 def _checked_padding(keys: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor | None:

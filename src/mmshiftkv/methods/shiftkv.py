@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -16,6 +17,11 @@ from .config import ShiftKVConfig
 LAST_TOKEN_PROXIES = 16
 # Of the conjugate gradients; on the embedded model two steps, not even scaled, read as much as the solution.
 REFIT_STEPS = 2
+
+
+def _logits_of(layer: AttentionLayer) -> dict[str, Any]:
+    """How the layer makes logits of products, as keywords of the operations."""
+    return {"scaling": layer.scaling, "softcap": layer.softcap, "sinks": layer.sinks}
 
 
 @dataclass(frozen=True)
@@ -78,16 +84,9 @@ class ShiftKV(Method):
         else:
             groups, stride = config.num_groups, config.future_stride or config.num_groups
             hidden_states = self._samples(layer.index, summary, valid)
-        # One projection makes the proxies and the last token's own query.
-        queries = layer.project_queries(hidden_states)
-        rotated, last_query = layer.rotate_ahead(
-            queries[:, :, :-1],
-            queries[:, :, -1:],
-            last.cos,
-            last.sin,
-            count=(queries.shape[2] - 1) // groups,
-            stride=stride,
-            backend=config.backend,
+        count = (hidden_states.shape[1] - 1) // groups
+        rotated, last_query = layer.queries_ahead(
+            hidden_states, last.positions, count=count, stride=stride, backend=config.backend
         )
         return Proxies(rotated, last_query, groups)
 
@@ -110,7 +109,7 @@ class ShiftKV(Method):
             summary.last_query.to(keys.dtype),
             keys,
             values.to(keys.dtype),  # as under autocast, where rotation makes keys of another dtype
-            scaling=layer.scaling,
+            **_logits_of(layer),
             last_weight=self.config.last_query_weight,
             valid=valid,
             backend=self.config.backend,
@@ -129,7 +128,7 @@ class ShiftKV(Method):
             summary.last_query.to(keys.dtype),
             keys,
             num_groups=summary.groups,
-            scaling=layer.scaling,
+            **_logits_of(layer),
             valid=valid,
             backend=self.config.backend,
         )
@@ -156,14 +155,14 @@ class ShiftKV(Method):
         count = 1 << (math.ceil(config.refit_queries / heads_each) - 1).bit_length()
         queries = summary.queries[:, :, :count].to(keys.dtype)
         given = values.to(keys.dtype)
-        outputs = attend(queries, keys, given, scaling=layer.scaling, valid=valid, backend=config.backend)
+        outputs = attend(queries, keys, given, **_logits_of(layer), valid=valid, backend=config.backend)
         refitted = refit_values(
             queries,
             outputs,
             keys,
             given,
             kept,
-            scaling=layer.scaling,
+            **_logits_of(layer),
             ridge=config.refit_ridge,
             steps=REFIT_STEPS,
             valid=valid,

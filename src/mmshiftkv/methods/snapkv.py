@@ -49,9 +49,9 @@ class SnapKV(Method):
         recent = inputs.tokens(max(tokens - self.window, 0), tokens)
         if earlier is None or tokens >= self.window:
             return recent.copied()
-        both = [(getattr(earlier, name), getattr(recent, name)) for name in ("hidden_states", "cos", "sin")]
-        hidden_states, cos, sin = (torch.cat(parts, dim=1)[:, -self.window :].clone() for parts in both)
-        return LayerInput(hidden_states, cos, sin, None)
+        hidden_states = torch.cat([earlier.hidden_states, recent.hidden_states], dim=1)
+        both = LayerInput(hidden_states, earlier.positions.followed_by(recent.positions), None)
+        return both.tokens(-self.window).copied()
 
     def score(
         self,
@@ -64,7 +64,9 @@ class SnapKV(Method):
         """Pooled attention of the window, at most 1; above it the window, the later a token the higher."""
         queries = self.queries(layer, summary)
         total = torch.zeros(keys.shape[:3], device=keys.device)
-        for attention in window_attention(queries, keys, layer.scaling, valid):
+        for attention in window_attention(
+            queries, keys, layer.scaling, valid, softcap=layer.softcap, sinks=layer.sinks
+        ):
             total += attention.sum(dim=(2, 3))
         mean = total * (keys.shape[1] / (queries.shape[1] * queries.shape[2]))
         mean = mean.masked_fill(in_window(keys, self.window), 0)
@@ -73,4 +75,4 @@ class SnapKV(Method):
 
     def queries(self, layer: AttentionLayer, summary: LayerInput) -> torch.Tensor:
         """The rotated queries of the window, (B, H, window or all tokens, D)."""
-        return layer.rotate(layer.project_queries(summary.hidden_states), summary.cos, summary.sin)
+        return layer.queries(summary.hidden_states, summary.positions)

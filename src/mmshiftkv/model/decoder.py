@@ -6,7 +6,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from .asking import CACHES, parameters_of, takes_query_by_function
 from .queries import AttentionLayer
+from .rotary import Rotary, rotary_of
 
 
 class Decoder:
@@ -25,20 +27,19 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, layer_indices: list[int]) -> None:
         text_model: Any = text_decoder(model)
-        self.blocks: tuple[nn.Module, ...] = tuple(text_model.layers)
-        rotary = getattr(text_model, "rotary_emb", None)
-        if rotary is None:
-            raise ValueError(f"model: {type(text_model).__name__} is not supported: it has no attribute 'rotary_emb'")
+        self.blocks: tuple[nn.Module, ...] = tuple(_blocks(text_model))
         config = model.config.get_text_config(decoder=True)
-        if "llama_4_scaling_beta" in (getattr(config, "rope_parameters", None) or {}):
-            raise ValueError("model is not supported: its queries are scaled by position (llama_4_scaling_beta)")
         layer_types = getattr(config, "layer_types", None)
+        last_position = (getattr(config, "max_position_embeddings", None) or 1) - 1
         self.attention: dict[int, AttentionLayer] = {}
         for index in layer_indices:
-            layer_type = layer_types[index] if layer_types else None
-            layer = AttentionLayer(_attention_module(self.blocks[index], index), index, rotary, layer_type)
-            layer.check(config.hidden_size)
-            self.attention[index] = layer
+            self.attention[index] = AttentionLayer(
+                _attention_module(self.blocks[index], index),
+                index,
+                Rotary(rotary_of(text_model, config, index), layer_types[index] if layer_types else None),
+                config.hidden_size,
+                last_position,
+            )
         self._text_config = config
         self._config = model.config
 
@@ -49,14 +50,25 @@ class Decoder:
         raise TypeError("a selecting cache holds on to its model and cannot be pickled; copy.deepcopy copies it")
 
     @property
+    def text_config(self) -> Any:
+        """The config of the text model."""
+        return self._text_config
+
+    @property
     def attention_implementation(self) -> str:
         """The name of the function that computes attention, such as "sdpa"."""
         return self._text_config._attn_implementation
 
     @property
+    def has_chunks(self) -> bool:
+        """Whether layers attend to chunks of tokens."""
+        return getattr(self._text_config, "attention_chunk_size", None) is not None
+
+    @property
     def is_on_one_device(self) -> bool:
-        """Whether all weights of the attention layers lie on one device, none of them offloaded."""
-        modules = (layer.module for layer in self.attention.values())
+        """Whether all weights of the attention layers, and of blocks without one, lie on one device, none offloaded."""
+        layers = self.attention
+        modules = (layers[index].module if index in layers else block for index, block in enumerate(self.blocks))
         devices = {parameter.device for module in modules for parameter in module.parameters()}
         return len(devices) == 1 and torch.device("meta") not in devices
 
@@ -78,18 +90,34 @@ def text_decoder(model: PreTrainedModel) -> nn.Module:
         raise ValueError(f"model: {type(model).__name__} is an encoder-decoder; only decoders are supported")
     find: Any = getattr(model, "get_decoder", None)
     decoder: Any = find() if find else model
-    if not hasattr(decoder, "layers") and hasattr(decoder, "model"):
-        decoder = decoder.model
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        raise ValueError(f"model: {type(decoder).__name__} is not supported: it has no module list 'layers'")
+    # Some wrap the module with the blocks once more, or call their head "decoder".
+    for inner in (getattr(decoder, "model", None), getattr(model, "model", None)):
+        if _blocks(decoder) is None and isinstance(inner, nn.Module):
+            decoder = inner
+    if _blocks(decoder) is None:
+        raise ValueError(f"model: {type(decoder).__name__} is not supported: it has no list of decoder blocks")
     return decoder
 
 
+def _blocks(decoder: nn.Module) -> Any:
+    for name in ("layers", "h", "blocks"):
+        blocks = getattr(decoder, name, None)
+        if isinstance(blocks, nn.ModuleList) and len(blocks):
+            return blocks
+    return None
+
+
 def _attention_module(block: nn.Module, index: int) -> nn.Module:
-    for module in block.children():
-        if hasattr(module, "q_proj") and hasattr(module, "layer_idx"):
-            return module
-    raise ValueError(
-        f"model: layer {index} ({type(block).__name__}) is not supported: "
-        "none of its modules has the attributes 'q_proj' and 'layer_idx'"
-    )
+    """The module of a block that attends to the tokens before."""
+    found = [module for module in block.modules() if module is not block and hasattr(module, "layer_idx")]
+    found = [module for module in found if any(name in CACHES for name in parameters_of(module))]
+    asked = [module for module in found if takes_query_by_function(module)]
+    rebuilt = [module for module in found if hasattr(module, "q_proj")]
+    for candidates in (asked, rebuilt):
+        if len(candidates) == 1:
+            return candidates[0]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(type(module).__name__ for module in found)
+    what = f"several of its modules attend to tokens ({names})" if found else "none of its modules attends to tokens"
+    raise ValueError(f"model: layer {index} ({type(block).__name__}) is not supported: {what}")

@@ -1,8 +1,8 @@
 """What `generate` was given, as far as a cache has to know it.
 
 `generate` tells a cache neither where a prompt ends that it prefills in chunks, nor which tokens of a pass are
-candidates of assisted decoding.  It knows both, and is running while it calls the model; so they are read off its
-frames.  Nothing is changed there.
+candidates of assisted decoding, and a decoding loop of another's no streamer.  It knows all of it, and is running while
+it calls the model or the loop; so it is read off its frames.  Nothing is changed there.
 """
 
 import sys
@@ -54,6 +54,14 @@ def is_compiling_prefill() -> bool:
         frame = frame.f_back
     caller = None if frame is None else frame.f_back
     return caller is not None and _is_generate(caller, "_prefill", "_assisted_decoding")
+
+
+def streamer_of_generate() -> Any:
+    """The streamer that the innermost running `generate` was given; None if there is none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not _is_generate(frame, "generate"):
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("streamer")
 
 
 def _is_generate(frame: FrameType, *names: str) -> bool:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import Cache
 
-from .arguments import CACHE_ARGUMENTS
 from .decoder import Decoder
+from .positions import Positions
+from .queries import AttentionLayer
 
 # Registering a hook is not atomic in torch, and caches of one model may live in several threads.  Reentrant, because
 # a cache that dies while the lock is held takes its hooks off in the same thread.
@@ -24,27 +26,26 @@ class LayerInput:
 
     Attributes:
         hidden_states: (B, t, d), the input of the attention module, after the block's norm.
-        cos, sin: (B or 1, t, rotary dim), the rotary factors of these tokens.
+        positions: of these tokens.
         mask: what the module was given: None, a 2-D (B, kv) or 4-D tensor, or a flex-attention BlockMask.
         valid: (B, t) bool, False for padding; None where there is none.  The cache reads it off the mask.
     """
 
     hidden_states: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
+    positions: Positions
     mask: Any
     valid: torch.Tensor | None = None
 
-    def tokens(self, start: int, stop: int) -> "LayerInput":
+    def tokens(self, start: int, stop: int | None = None) -> "LayerInput":
         """The part of tokens start to stop (no mask)."""
         part = slice(start, stop)
         valid = None if self.valid is None else self.valid[:, part]
-        return LayerInput(self.hidden_states[:, part], self.cos[:, part], self.sin[:, part], None, valid)
+        return LayerInput(self.hidden_states[:, part], self.positions.tokens(start, stop), None, valid)
 
     def copied(self) -> "LayerInput":
         """The same in storage of its own, so that what it was cut from can be freed."""
         valid = None if self.valid is None else self.valid.clone()
-        return LayerInput(self.hidden_states.clone(), self.cos.clone(), self.sin.clone(), self.mask, valid)
+        return LayerInput(self.hidden_states.clone(), self.positions.copied(), self.mask, valid)
 
 
 class PrefillHooks:
@@ -77,7 +78,7 @@ class PrefillHooks:
             self._thread = threading.get_ident()
             weak_cache = weakref.ref(cache)
             for index, block in enumerate(self._decoder.blocks):
-                _Hook(self, weak_cache, index).put_on(self._handles, block, self._decoder.attention.get(index))
+                _Hook(self, weak_cache, self._decoder.attention.get(index)).put_on(self._handles, block)
             _attached.add(self)
 
     def detach(self) -> None:
@@ -131,51 +132,56 @@ class PrefillHooks:
 class _Hook:
     """The two hooks of one block: its attention module's input, and the end of the block."""
 
-    def __init__(self, hooks: PrefillHooks, cache: "weakref.ref[Any]", index: int) -> None:
+    def __init__(self, hooks: PrefillHooks, cache: "weakref.ref[Any]", layer: AttentionLayer | None) -> None:
         self._hooks = weakref.ref(hooks)
         self._cache = cache
-        self._index = index
+        self._layer = layer
         self._before: RemovableHandle | None = None
         self._after: RemovableHandle | None = None
 
-    def put_on(self, handles: list[RemovableHandle], block: nn.Module, attention: Any) -> None:
-        if attention is not None:
-            self._before = attention.module.register_forward_pre_hook(self.before_attention, with_kwargs=True)
+    def put_on(self, handles: list[RemovableHandle], block: nn.Module) -> None:
+        if self._layer is not None:
+            self._before = self._layer.module.register_forward_pre_hook(self.before_attention, with_kwargs=True)
             handles.append(self._before)
         self._after = block.register_forward_hook(self.after_block, with_kwargs=True, always_call=True)
         handles.append(self._after)
 
     # In another thread's forward pass torch may have just taken the mark off that says "with kwargs": then they are
     # missing, the output may stand in their place, and the call is not this cache's.
-    def _is_mine(self, kwargs: Any) -> bool:
+    def _is_mine(self, args: Any, kwargs: Any) -> bool:
         cache = self._cache()
         return (
             isinstance(kwargs, dict)
             and cache is not None
-            and any(kwargs.get(name) is cache for name in CACHE_ARGUMENTS)
+            and any(value is cache for value in (*args, *kwargs.values()))
         )
 
     def before_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         hooks = self._hooks()
-        if hooks is None or not self._is_mine(kwargs):
-            self._give_up(hooks, kwargs)
+        if hooks is None or not self._is_mine(args, kwargs):
+            self._give_up(hooks, args, kwargs)
             return
         assert kwargs is not None
         assert self._before is not None
+        assert self._layer is not None
         hooks.finished(self._before)
-        hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        cos, sin = kwargs["position_embeddings"]
-        hooks.record(self._index, LayerInput(hidden_states, cos, sin, kwargs.get("attention_mask")))
+        given = {**dict(zip(self._layer.parameters, args, strict=False)), **kwargs}
+        hidden_states, cache = given["hidden_states"], self._cache()
+        assert cache is not None
+        positions = self._layer.positions_of(hidden_states, given, cache)
+        hooks.record(self._layer.index, LayerInput(hidden_states, positions, given.get("attention_mask")))
 
-    def _give_up(self, hooks: PrefillHooks | None, kwargs: Any) -> None:
+    def _give_up(self, hooks: PrefillHooks | None, args: Any, kwargs: Any) -> None:
         """Takes all hooks off if their pass runs without its cache: gradient checkpointing drops it."""
-        is_without = isinstance(kwargs, dict) and all(kwargs.get(name) is None for name in CACHE_ARGUMENTS)
+        is_without = isinstance(kwargs, dict) and not any(
+            isinstance(value, Cache) for value in (*args, *kwargs.values())
+        )
         if hooks is not None and is_without and hooks._thread == threading.get_ident():
             hooks.detach()
 
     def after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         hooks = self._hooks()
-        if hooks is None or not self._is_mine(kwargs):
+        if hooks is None or not self._is_mine(args, kwargs):
             return
         assert self._after is not None
         if output is not None:

@@ -1,13 +1,20 @@
-"""What all storage has in common: a layer that holds fewer tokens than it has seen, and the contract of a storage."""
+"""What all storage has in common: a layer that holds fewer tokens than it has seen, and the contract of a storage.
+
+Shapes of keys and values say D for the head dim of each: that of the values may be another than that of the keys.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
 from shiftkv_kernels import gather
+
+if TYPE_CHECKING:
+    from .held import HeldLayer
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -18,8 +25,8 @@ class Selection:
 
     Attributes:
         kept: (B, H_kv, C) int64, the columns to keep; None: all.
-        keys, values: (B, H_kv, T, D), of the whole prompt.
-        refitted: (B, H_kv, C, D), what to hold in place of the kept values; None: these.
+        keys, values: (B, H_kv, T, D) and (B, H_kv, T, D_v), of the whole prompt.
+        refitted: (B, H_kv, C, D_v), what to hold in place of the kept values; None: these.
         valid: (B, T) bool, False for padding; None when there is none.
         not_finite: (1,) bool, to be set to True if kept tokens have numbers that are not finite.
     """
@@ -179,15 +186,18 @@ class SelectedLayer(DynamicLayer, ABC):
         rows, held = key_states.shape[0], self.keys.shape[0]
         if rows == held:
             return
-        if held != 1:
-            raise ValueError(
-                f"keys of batch size {rows}, the cache holds {held} rows; call reset() before another prompt"
-            )
+        check_rows(rows, held)
         self.batch_repeat_interleave(rows)
 
 
+def check_rows(rows: int, held: int) -> None:
+    """Raises ValueError if a batch of so many rows cannot be meant for what `held` rows hold."""
+    if held not in (1, rows):
+        raise ValueError(f"keys of batch size {rows}, the cache holds {held} rows; call reset() before another prompt")
+
+
 class Storage(ABC):
-    """Where the selected layers of one cache hold their tokens once their prompt has ended.
+    """Where the layers of one cache hold their tokens; the selected ones once their prompt has ended.
 
     Attributes:
         is_compileable: whether decoding on it may be compiled.
@@ -198,6 +208,10 @@ class Storage(ABC):
     @abstractmethod
     def check(self) -> None:
         """Raises ValueError if the model has changed so that it could not read this storage."""
+
+    @abstractmethod
+    def take_in(self, index: int, layer: Any) -> Any:
+        """The layer to use in place of an empty one of `DynamicCache` that is not selected; layers come in order."""
 
     @abstractmethod
     def store(self, index: int, layer: SelectedLayer, selection: Selection) -> SelectedLayer:
@@ -211,6 +225,10 @@ class Storage(ABC):
         Returns:
             The layer that takes the place of `layer`.
         """
+
+    @abstractmethod
+    def restore(self, index: int, held: "HeldLayer") -> SelectedLayer:
+        """A new layer with a copy of what another one held; layers come in order."""
 
     @abstractmethod
     def reserve(self, tokens: int) -> None:

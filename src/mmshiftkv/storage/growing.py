@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from .base import Pair, SelectedLayer, Selection, Storage
+from .held import HeldLayer
 
 _LEAST_GROWTH = 64  # slots
 
@@ -22,11 +23,11 @@ class GrowingLayer(SelectedLayer):
         self._dropped = 0
 
     @classmethod
-    def holding(cls, kept: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: int) -> "GrowingLayer":
+    def holding(cls, kept: torch.Tensor | None, keys: torch.Tensor, values: torch.Tensor, seen: int) -> "GrowingLayer":
         """A layer with what was kept of a prompt.
 
         Args:
-            kept: (B, H_kv, C) int64, the columns that were kept.
+            kept: (B, H_kv, C) int64, the columns that were kept; None: all.
             keys, values: (B, H_kv, C, D); they become the storage.
             seen: columns of the prompt.
         """
@@ -143,6 +144,10 @@ class GrowingStorage(Storage):
     def check(self) -> None:
         """Nothing: every attention reads it."""
 
+    def take_in(self, index: int, layer: Any) -> Any:
+        """The same layer."""
+        return layer
+
     def store(self, index: int, layer: SelectedLayer, selection: Selection) -> SelectedLayer:
         """As in `Storage`: a new layer with the kept tokens, or `layer` itself if it keeps all."""
         kept = selection.kept
@@ -153,6 +158,14 @@ class GrowingStorage(Storage):
         if selection.refitted is not None:
             values = selection.refitted
         return GrowingLayer.holding(kept, keys, values, selection.seen)
+
+    def restore(self, index: int, held: HeldLayer) -> SelectedLayer:
+        """As in `Storage`."""
+        # Contiguous copies: a view would keep the storage of the other layer.
+        keys, values = (part.clone(memory_format=torch.contiguous_format) for part in (held.keys, held.values))
+        layer = GrowingLayer.holding(held.kept, keys, values, held.seen)
+        layer.prompt_stored = held.prompt_stored
+        return layer
 
     def reserve(self, tokens: int) -> None:
         """Nothing: there is always room."""

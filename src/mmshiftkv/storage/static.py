@@ -3,19 +3,27 @@
 import copy
 import logging
 import weakref
+from collections.abc import Sequence
 from functools import cached_property
 from numbers import Integral
 from typing import Any
 
 import torch
+from transformers import cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from ..model.decoder import Decoder
 from .base import Pair, SelectedLayer, Selection, Storage
-from .buffers import Buffers
+from .buffers import Buffers, Lengths
+from .held import HeldLayer
+from .states import StateLayer
+from .windows import WindowGroup
 
 # These are given a mask that hides what has not been written yet.  transformers gives flash attention none, and cannot
 # compile flex attention with any cache.
 _MASKED_ATTENTION = ("sdpa", "eager")
+# Exactly these classes: others hold tokens by rules of their own.  The last one holds nothing; 5.17 does without it.
+_FIXED = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, getattr(cache_utils, "DummyLayer", None))
 _SLOTS_OF_SHORT_PROMPTS = 4096
 _logger = logging.getLogger(__name__)
 
@@ -44,7 +52,7 @@ class StaticLayer(SelectedLayer):
         self._index = index
         # Weak: without a cycle the buffers are free as soon as the cache is.
         self._weak_storage = weakref.ref(storage)
-        self._buffers = storage.buffers
+        self._lengths = storage.lengths
         self._is_first, self._is_last = storage.place_of(index)
         self._kept = kept
         self._dropped = dropped
@@ -56,9 +64,9 @@ class StaticLayer(SelectedLayer):
         copied = copy.copy(self)
         memo[id(self)] = copied
         copied._weak_storage = weakref.ref(copy.deepcopy(self._storage, memo))
-        copied._buffers = copy.deepcopy(self._buffers, memo)
+        copied._lengths = copy.deepcopy(self._lengths, memo)
         copied._kept = copy.deepcopy(self._kept, memo)
-        copied._use(copied._buffers.of_layer(self._index, *self.allocated, self.slots))
+        copied._use(copied._lengths.buffers.of_layer(self._index, *self.allocated, self.slots))
         return copied
 
     @property
@@ -86,17 +94,17 @@ class StaticLayer(SelectedLayer):
     @property
     def filled(self) -> torch.Tensor:
         """Tokens held, 0-d int64: the slot that the next one is written to."""
-        return self._buffers.filled
+        return self._lengths.filled
 
     @property
     def stored(self) -> int:
         """Tokens held; waits for the device."""
-        return int(self._buffers.filled)
+        return int(self._lengths.filled)
 
     @property
     def seen(self) -> int:
         """Tokens seen; waits for the device."""
-        return int(self._buffers.seen)
+        return int(self._lengths.seen)
 
     @property
     def dropped(self) -> int:
@@ -116,16 +124,16 @@ class StaticLayer(SelectedLayer):
         keys, values = self.keys, self.values
         assert keys is not None
         assert values is not None
-        places = self._buffers.filled + torch.arange(tokens, device=key_states.device)
+        places = self._lengths.filled + torch.arange(tokens, device=key_states.device)
         keys.index_copy_(2, places, key_states.detach())
         values.index_copy_(2, places, value_states.detach())
         if self._is_last:
-            self._buffers.advance(tokens)
+            self._lengths.advance(tokens)
         return keys, values
 
     def get_seq_length(self) -> Any:
         """Tokens seen, the position of the next one: a 0-d tensor, as in transformers' `StaticLayer`."""
-        return self._buffers.seen
+        return self._lengths.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns that attention will see, and how many seen tokens lie before them."""
@@ -134,7 +142,7 @@ class StaticLayer(SelectedLayer):
     def enlarge(self, slots: int) -> None:
         """Moves to buffers of more slots."""
         old, filled = self.allocated, self.stored
-        new = self._buffers.of_layer(self._index, *old, slots)
+        new = self._lengths.buffers.of_layer(self._index, *old, slots)
         for mine, theirs in zip(old, new, strict=True):
             theirs[:, :, :filled] = mine[:, :, :filled]
             theirs[:, :, filled:] = 0
@@ -142,18 +150,16 @@ class StaticLayer(SelectedLayer):
 
     def _remove(self, count: int) -> None:
         if self._is_last:
-            self._buffers.take_back(count)
+            self._lengths.take_back(count)
 
     def _hold_rows(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        # The same number of rows finds the same buffers again, and graphs that were recorded with them stay good.
-        new = self._buffers.of_layer(self._index, keys, values, self.slots)
-        for mine, theirs in zip((keys, values), new, strict=True):
-            theirs.copy_(mine)
-        self._use(new)
+        self._use(self._lengths.buffers.holding_layer(self._index, keys, values))
 
 
 class StaticStorage(Storage):
-    """Slots for the budget and for `max_new_tokens` in every layer, allocated once.
+    """Slots for the budget and for `max_new_tokens` in every selected layer, allocated once.
+
+    Layers with a window, and states of linear attention, have their own sizes; they are in the same buffers.
 
     Args:
         decoder: of the model that decodes.
@@ -172,12 +178,18 @@ class StaticStorage(Storage):
         self._new_tokens = max_new_tokens
         self._backend = backend
         self._layers: list[StaticLayer] = []
+        self._windows: dict[int, WindowGroup] = {}
         self._is_reserved = False
 
     @cached_property
     def buffers(self) -> Buffers:
         """Keys and values of all layers.  They stay when the cache is reset, and serve the model's next cache later."""
         return Buffers(self._decoder.blocks[0])
+
+    @cached_property
+    def lengths(self) -> Lengths:
+        """Of the selected layers."""
+        return Lengths(self.buffers, "selected")
 
     def check(self) -> None:
         """Raises ValueError if the model has been given an attention that reads slots which are not written yet."""
@@ -191,6 +203,15 @@ class StaticStorage(Storage):
     def place_of(self, index: int) -> tuple[bool, bool]:
         """Whether a layer is the first of the selected ones, and whether it is the last."""
         return index == self._indices[0], index == self._indices[-1]
+
+    def take_in(self, index: int, layer: Any) -> Any:
+        """As in `Storage`: a layer in the buffers of this cache."""
+        if type(layer) is DynamicSlidingWindowLayer:
+            window = layer.sliding_window
+            return self._windows.setdefault(window, WindowGroup(window, self._new_tokens)).add(index)
+        if type(layer) is LinearAttentionLayer:
+            return StateLayer(index, layer.number_of_states, self)
+        return layer
 
     @torch.compiler.disable
     def store(self, index: int, layer: SelectedLayer, selection: Selection) -> StaticLayer:
@@ -207,10 +228,24 @@ class StaticStorage(Storage):
         if selection.refitted is not None:
             out[1][:, :, :stored] = selection.refitted
         if index == self._indices[0]:
-            self.buffers.start(stored, selection.seen, keys.device)
+            self.lengths.start(stored, selection.seen, keys.device)
         held = StaticLayer(index, self, out, kept, stored=stored, dropped=selection.seen - stored)
         self._layers.append(held)
         return held
+
+    def restore(self, index: int, held: HeldLayer) -> StaticLayer:
+        """As in `Storage`: with the slots that the other layer had, if it had any."""
+        states = held.keys, held.values
+        out = self.buffers.of_layer(index, *states, held.slots or held.stored + self._new_tokens)
+        for part, state in zip(out, states, strict=True):
+            part[:, :, : held.stored] = state
+            part[:, :, held.stored :] = 0
+        if index == self._indices[0]:
+            self.lengths.start(held.stored, held.seen, held.keys.device)
+        layer = StaticLayer(index, self, out, held.kept, stored=held.stored, dropped=held.seen - held.stored)
+        layer.prompt_stored = held.prompt_stored
+        self._layers.append(layer)
+        return layer
 
     def _slots_of_prompt(self, tokens: int) -> int:
         """Slots for a prompt that is kept whole: as many as for a longer one, so that one compilation serves both."""
@@ -222,6 +257,7 @@ class StaticStorage(Storage):
     def release(self) -> None:
         """Ends the conversation; the buffers wait for the next one."""
         self._layers = []
+        self._windows = {}
         self._is_reserved = False
 
     def reserve(self, tokens: int) -> None:
@@ -231,23 +267,28 @@ class StaticStorage(Storage):
         They may be asked for more than once, so more slots than needed may be reserved; when they seem to run out, the
         device is asked how many are filled.
         """
+        for group in self._windows.values():
+            group.reserve(tokens, self.buffers)
+        self._reserve_selected(tokens)
+
+    def _reserve_selected(self, tokens: int) -> None:
         if not self.has_room_for(tokens):
             # Twice as much at least, so that a conversation of many turns is not compiled again in each.
-            self._enlarge(max(self.buffers.taken + tokens + self._new_tokens, 2 * self._layers[0].slots))
-        self.buffers.taken += tokens
+            self._enlarge(max(self.lengths.taken + tokens + self._new_tokens, 2 * self._layers[0].slots))
+        self.lengths.taken += tokens
         self._is_reserved = True
 
     def has_room_for(self, tokens: int) -> bool:
         """Whether so many tokens fit; asks the device only if they seem not to."""
         slots = self._layers[0].slots
-        if self.buffers.taken + tokens > slots:
-            self.buffers.taken = self._layers[0].stored
-        return self.buffers.taken + tokens <= slots
+        if self.lengths.taken + tokens > slots:
+            self.lengths.taken = self._layers[0].stored
+        return self.lengths.taken + tokens <= slots
 
     def claim(self, tokens: int) -> None:
         """The pass that slots were reserved for has begun; reserves them if no mask was asked for before it."""
         if not self._is_reserved:
-            self.reserve(tokens)
+            self._reserve_selected(tokens)
         self._is_reserved = False
 
     def _enlarge(self, slots: int) -> None:
@@ -260,18 +301,22 @@ class StaticStorage(Storage):
             layer.enlarge(slots)
 
 
-def obstacle_to_compiling(decoder: Decoder, layers: int) -> str | None:
+def obstacle_to_compiling(decoder: Decoder, layers: Sequence[Any]) -> str | None:
     """Why storage has to grow, and decoding to be eager; None where it can be static and decoding compiled.
 
     Args:
         decoder: of the model that decodes.
-        layers: how many layers the cache has.
+        layers: those of a `DynamicCache` for that model.
     """
     attention = decoder.attention_implementation
     if attention not in _MASKED_ATTENTION:
         return f"attn_implementation={attention!r} would read slots that are not written yet"
-    if len(decoder.attention) < layers:
-        return f"{layers - len(decoder.attention)} of {layers} layers are not full-attention layers"
+    others = [type(layer).__name__ for layer in layers if type(layer) not in _FIXED]
+    if others:
+        kinds = ", ".join(sorted(set(others)))
+        return f"{len(others)} of {len(layers)} layers ({kinds}) have no storage of a fixed size"
+    if decoder.has_chunks:
+        return "transformers compiles no decoding with chunked attention"
     if not decoder.is_on_one_device:
         return "the weights are offloaded, or on several devices"
     return None

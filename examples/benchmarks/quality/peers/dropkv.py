@@ -47,7 +47,7 @@ class DropKV(SnapKV):
         self, layer: Any, summary: Any, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None
     ) -> torch.Tensor:
         """Scores (B, H_kv, T) float32, as `Method.score` says: at most 1, and the window above it."""
-        errors = self.squared_errors(self.queries(layer, summary), keys, values, layer.scaling, valid)
+        errors = self.squared_errors(self.queries(layer, summary), keys, values, layer, valid)
         pooled = F.avg_pool1d(errors, self.kernel_size, stride=1, padding=self.kernel_size // 2)
         return keep_window(scaled(pooled, keys, self.window, valid), keys, self.window)
 
@@ -56,15 +56,15 @@ class DropKV(SnapKV):
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        scaling: float,
+        layer: Any,
         valid: torch.Tensor | None,
     ) -> torch.Tensor:
         """Squared leave-one-out errors, summed over the queries and averaged over the query heads of a KV head.
 
         Args:
             queries: (B, H, n, D), rotated, of the last n of T tokens.
-            keys, values: (B, H_kv, T, D).
-            scaling: factor on the logits.
+            keys, values: (B, H_kv, T, D) and (B, H_kv, T, D_v).
+            layer: the attention layer.
             valid: (B, T) bool, or None.
 
         Returns:
@@ -72,7 +72,9 @@ class DropKV(SnapKV):
         """
         wide_values = values.float()
         total = torch.zeros(keys.shape[:3], device=keys.device)
-        for attention in window_attention(queries, keys, scaling, valid):
+        for attention in window_attention(
+            queries, keys, layer.scaling, valid, softcap=layer.softcap, sinks=layer.sinks
+        ):
             mass = attention.flatten(2, 3)  # (B, H_kv, r * m, T)
             # Not by matrix products, whose difference of squares rounds small distances to anything.
             distances = torch.cdist(mass @ wide_values, wide_values, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,0 +1,50 @@
+"""What tells one model from another, as far as the keys and values of a cache depend on it."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from .decoder import Decoder
+
+_SAMPLES = 64  # of each parameter
+_NAMES = ("model_type", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters")
+
+
+def fingerprint_of(decoder: Decoder) -> dict[str, Any]:
+    """The settings of a model that its keys and values depend on, and a digest of some weights, ready for JSON.
+
+    The digest takes a few numbers of each parameter in the first, the middle and the last block: enough to tell two
+    checkpoints apart, and cheap.  Weights that are offloaded are left out.
+    """
+    blocks, config = decoder.blocks, decoder.text_config
+    sampled = [blocks[place] for place in sorted({0, len(blocks) // 2, len(blocks) - 1})]
+    fingerprint = {
+        **{name: getattr(config, name, None) for name in _NAMES},
+        "layers": len(blocks),
+        "dtype": str(next(blocks[0].parameters()).dtype).removeprefix("torch."),
+        "weights": _digest(sampled),
+    }
+    # As it comes back from a file: tuples are lists there.
+    return json.loads(json.dumps(fingerprint, default=str))
+
+
+def check_fingerprint(saved: dict[str, Any], decoder: Decoder, path: Any) -> None:
+    """Raises ValueError, which names what differs, unless the model is the one of `saved`."""
+    mine = fingerprint_of(decoder)
+    for name in dict.fromkeys([*mine, *saved]):
+        if saved.get(name) != mine.get(name):
+            what = f"{name} is {saved.get(name)!r} there and {mine.get(name)!r} here"
+            raise ValueError(f"{path}: saved with another model: {'its weights differ' if name == 'weights' else what}")
+
+
+def _digest(blocks: list[nn.Module]) -> str:
+    samples = []
+    for block in blocks:
+        for parameter in block.parameters():
+            if parameter.device.type != "meta":
+                flat = parameter.detach().reshape(-1)
+                samples.append(flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].float().cpu())
+    return hashlib.sha256(torch.cat(samples).numpy().tobytes() if samples else b"").hexdigest()

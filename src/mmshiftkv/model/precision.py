@@ -1,0 +1,15 @@
+"""The dtypes that the library computes in."""
+
+import contextlib
+from typing import Any
+
+import torch
+
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # others are those of quantised weights
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """No autocast on this device for a while: statistics and scores choose their dtypes themselves."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
