@@ -23,7 +23,7 @@ def broken(model, where, row, columns, number, layer=LAST, features=slice(3, 4))
     """In passes with a prompt some features of these columns are `number`, in keys, values or hidden states."""
 
     def spoil(module, args, output):
-        if output.shape[1] > 2:  # a new cache looks at keys of two made-up tokens
+        if output.shape[1] > 3:  # a new cache looks at three made-up tokens
             output = output.clone()
             output[row, columns, features] = number
         return output
