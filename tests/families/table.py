@@ -37,8 +37,8 @@ def block(record: dict[str, Any]) -> str:
         "bit; a small one those of a full cache whose dropped entries are masked; rows of a left-padded batch are as "
         "alone; fixed storage answers as growing storage; sliding windows may be shorter than the prompt; nothing is "
         "left on the model.",
-        "**Families that work**, by how they decode with `max_new_tokens` on a GPU (a CPU compiles nothing, and only the "
-        "cache was asked); `*`: prompts with images too, made by the family's own processor.",
+        "**Families that work**, by how they decode with `max_new_tokens` on a GPU (a CPU compiles nothing; only "
+        "the cache was asked); `*`: prompts with images too, made by the family's own processor.",
         _rows(("decoding", "families"), _grouped(works, _decoding, _starred)),
     ]
     for title, some in (("Refused", refused), ("Built, but with faults", faulty)):
