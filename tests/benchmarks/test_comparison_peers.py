@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 import models
 from benchmarks.quality import recall
-from benchmarks.quality.comparison import COMPARED, USUAL, Setup
+from benchmarks.quality.comparison import COMPARED, OTHER_FAMILY, USUAL, Setup
 from benchmarks.quality.peers import PEERS, Prompts, make_peer
 from benchmarks.quality.peers.criticalkv import CriticalKV
 from benchmarks.quality.peers.dropkv import DropKV
@@ -298,7 +298,7 @@ def test_scores_of_other_prompts_are_refused():
 
 def test_compared_names_stand_for_a_method_and_settings():
     model = models.text_model()
-    assert set(CACHES) | set(PEERS) | {"half-mass", "value-aware"} == set(COMPARED)
+    assert set(CACHES) | set(PEERS) | {"half-mass", "value-aware", *OTHER_FAMILY} == set(COMPARED)
     assert set(USUAL) == {*CACHES, "value-aware"}
     assert Setup("half-mass", 64).make_cache(model).config.mass == 0.5
     assert Setup("half-mass", 64).settings == {"mass": 0.5}

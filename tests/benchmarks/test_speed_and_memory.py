@@ -165,7 +165,13 @@ def test_the_selection_is_measured_step_by_step(tmp_path, capsys):
     assert [(row["cache"], row["tokens"]) for row in record["prefill"]] == [
         (cache, tokens)
         for tokens in (33, 64)
-        for cache in ("DynamicCache", "ShiftKVCache 8", "ShiftKVCache 8, values", "ShiftKVCache 8, value-aware")
+        for cache in (
+            "DynamicCache",
+            "ShiftKVCache 8",
+            "ShiftKVCache 8, asked",
+            "ShiftKVCache 8, values",
+            "ShiftKVCache 8, value-aware",
+        )
     ]
     assert all(row["seconds"] > 0 for row in record["prefill"])
     assert record["environment"]["torch"]

@@ -54,7 +54,7 @@ REFUSED = {
     "scaling=inf must be more than 0, and finite": lambda: mass_of(scaling=float("inf")),
     "softcap=0.0 must be more than 0": lambda: mass_of(softcap=0.0),
     "softcap=inf must be more than 0, and finite": lambda: mass_of(softcap=float("inf")),
-    "sinks has shape (2,), must be (H,) = (4,)": lambda: mass_of(sinks=torch.zeros(2)),
+    "sinks has shape (2,), must be (H,) = (4)": lambda: mass_of(sinks=torch.zeros(2)),
     "sinks is torch.int64, must be of a floating dtype": lambda: mass_of(sinks=torch.zeros(4, dtype=torch.int64)),
     "sinks is on meta, must be on cpu like proxy_queries": lambda: mass_of(sinks=torch.zeros(4, device="meta")),
     "valid has shape (2, 8), must be (B, T) = (2, 9)": lambda: mass_of(valid=VALID[:, 1:]),

@@ -160,9 +160,9 @@ class TestWithoutUseCache:
         with pytest.raises(ValueError, match="use_cache"):
             generate(model, cache, models.prompt_ids(1, 24), use_cache=False)
 
-    def test_a_model_whose_config_says_so(self):
+    def test_a_model_whose_config_says_so(self, monkeypatch):
         model = model_of("llama")
-        model.generation_config.use_cache = False
+        monkeypatch.setattr(model.generation_config, "use_cache", False)
         with pytest.raises(ValueError, match="give use_cache=True"):
             generate(model, ShiftKVCache(model, budget=BUDGET), models.prompt_ids(1, 24))
         generate(model, ShiftKVCache(model, budget=BUDGET), models.prompt_ids(1, 24), use_cache=True)
