@@ -56,7 +56,8 @@ def test_storage_made_under_inference_mode_is_written_outside(model, storage, bu
 
 
 @pytest.mark.parametrize("storage", STORAGE)
-def test_a_model_that_its_user_compiled(model, storage):
+def test_a_model_that_its_user_compiled(storage):
+    model = models.text_model(num_hidden_layers=2)
     expected = generate(model, models.prompt_ids(), ShiftKVCache(model, budget=6, **storage))
     torch._dynamo.reset()
     model.forward = torch.compile(model.forward, backend="eager")

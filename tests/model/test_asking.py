@@ -117,7 +117,7 @@ def test_lora_on_queries():
 
 @pytest.mark.parametrize("part", ["attention", "block", "model"])
 def test_modules_that_their_user_compiled(part):
-    model = build("phi3")
+    model = tiny_model(FAMILIES["phi3"], "eager", num_hidden_layers=2)
     expected = prefilled(model, ShiftKVCache(model, budget=6))
     for block in model.model.layers if part != "model" else [model]:
         (block.self_attn if part == "attention" else block).compile(backend="eager")
