@@ -2,8 +2,10 @@
 
 import ast
 import itertools
+import json
 import re
 from dataclasses import fields
+from pathlib import Path
 
 from documents import (
     README,
@@ -16,6 +18,7 @@ from mmshiftkv import METHODS, ShiftKVConfig, make_cache
 from mmshiftkv.methods.config import FAMILY_SETTINGS
 from mmshiftkv.report import format_bytes
 
+FAMILIES = Path(__file__).parent / "families" / "record.json"
 CACHES = {
     "full": "full",
     "ShiftKV, value-aware": "value-aware",
@@ -239,3 +242,9 @@ def test_the_figures_of_joined_prompts_are_those_on_record():
         for row in recorded
     ]
     assert rows == expected
+
+
+def test_the_readme_counts_the_families_that_work():
+    outcomes = [family["outcome"] for family in json.loads(FAMILIES.read_text())["families"].values()]
+    counted = [outcome for outcome in outcomes if outcome in ("works", "refused", "faulty")]
+    assert f"{counted.count('works')} of {len(counted)} families" in TEXTS["README.md"]

@@ -75,6 +75,18 @@ def test_offloaded_weights(name):
     assert all(parameter.device.type == "meta" for parameter in offloaded.parameters())
 
 
+def test_a_model_without_weights_is_refused_until_they_are_loaded():
+    model = build("phi3").to("meta")
+    with pytest.raises(ValueError, match=r"layer 0 .* has no weights yet"):
+        ShiftKVCache(model, budget=6)
+    model = model.to_empty(device="cpu")
+    model.load_state_dict(build("phi3").state_dict())
+    for own, theirs in zip(model.buffers(), build("phi3").buffers(), strict=True):
+        own.copy_(theirs)
+    plain = build("phi3")
+    assert_same(prefilled(model, ShiftKVCache(model, budget=6)), prefilled(plain, ShiftKVCache(plain, budget=6)))
+
+
 class Wrapped(nn.Module):
     """A linear layer with something added, as adapters and quantised layers are: no attribute weight of its own."""
 

@@ -82,7 +82,7 @@ def look_at(module: nn.Module, rotary: Rotary, hidden_size: int, last_position: 
         raise ValueError(f"its attention takes {names}, which is not understood")
     device = _device_of(module)
     if device.type == "meta":
-        return _unseen(module)
+        raise ValueError("it has no weights yet (they are on the meta device); build the cache when they are loaded")
     made_up = _MadeUp.of(module, rotary, hidden_size, last_position, device)
     with torch.no_grad(), without_autocast(device), with_weights(module):
         if not takes_query_by_function(module):
@@ -270,12 +270,6 @@ def _of_keys(module: nn.Module, rotary: Rotary, made_up: _MadeUp) -> Facts:
     if queries.shape[1] % expected.shape[1]:
         raise ValueError(f"q_proj gives {queries.shape[1]} heads, for {expected.shape[1]} KV heads")
     return Facts(True, _pairs_halves(rotary, unrotated, rebuilt, made_up.positions.factors), None, scaling)
-
-
-def _unseen(module: nn.Module) -> Facts:
-    """Facts of a module without weights, as far as its attributes tell: nothing can be tried."""
-    Rebuilder(module)
-    return Facts(True, False, None, float(module.scaling))  # type: ignore[arg-type]
 
 
 def _device_of(module: nn.Module) -> torch.device:
