@@ -294,6 +294,7 @@ class PrefillSelectionCache(DynamicCache):
 
     def _leave_prefill(self) -> None:
         assert self._prefill is not None
+        self._prefill.join()
         self._finite, self._prefill = self._prefill.finite, None
         self._finite.end_prompt()
         self._warn_of_numbers()
@@ -352,6 +353,8 @@ class PrefillSelectionCache(DynamicCache):
     def reset(self) -> None:
         """Empties the cache for another prompt."""
         self._hooks.detach()
+        if self._prefill is not None:
+            self._prefill.join()
         self._own_storage.release()
         self._begin_conversation(self._decoder.fresh_layers())
 
