@@ -66,8 +66,8 @@ def is_fixed(layer: Any) -> bool:
 
 def lengths_of(layers: list[Any]) -> list[Lengths]:
     """The lengths of all these layers, each once."""
-    found = {id(layer.lengths): layer.lengths for layer in layers if isinstance(layer, (StaticLayer, WindowLayer))}
-    return [*found.values()]
+    held = [layer.lengths for layer in layers if isinstance(layer, (StaticLayer, WindowLayer))]
+    return [*{id(lengths): lengths for lengths in held if lengths is not None}.values()]
 
 
 def tensors_of(layers: list[Any]) -> list[torch.Tensor]:

@@ -12,13 +12,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..cache import PrefillSelectionCache
-from ..model.arguments import CACHE_ARGUMENTS
+from ..model.asking import CACHES
 from ..model.hooks import has_foreign_hooks
 from .block_cache import is_fixed
 from .twin import NUMBER, modules_of_step, path_to_blocks
 
 # Their factors are computed anew in a step, from numbers that are read off the device or in buffers that are replaced.
 _MOVING_ROTATIONS = ("dynamic", "longrope")
+_CACHES = (*CACHES, "cache_params")  # the last one in layers of linear attention
 
 
 def obstacle_to_blocks(model: PreTrainedModel, cache: PrefillSelectionCache, inputs: dict[str, Any]) -> str | None:
@@ -118,4 +119,4 @@ def _is_of_cache(node: ast.expr) -> bool:
     inner: ast.expr = node
     while isinstance(inner, ast.Attribute):
         inner = inner.value
-    return isinstance(inner, ast.Name) and inner.id in CACHE_ARGUMENTS
+    return isinstance(inner, ast.Name) and inner.id in _CACHES

@@ -3,6 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 
@@ -75,7 +76,7 @@ class Recorder:
         self.lock = threading.RLock()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
         self._done: torch.cuda.Event | None = None
 
     def find(self, key: Hashable, make_inputs: Callable[[], Inputs]) -> Recording:

@@ -26,9 +26,7 @@ def signature_of_values(values: dict[str, Any]) -> Hashable:
 
 def signature_of_tensors(tensors: Iterable[torch.Tensor]) -> Hashable:
     """Where tensors lie, and how."""
-    return tuple(
-        (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors
-    )
+    return tuple((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors)
 
 
 def _signature_of_module(module: nn.Module) -> Hashable:
