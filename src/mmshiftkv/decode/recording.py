@@ -51,8 +51,9 @@ class Recording:
         with recorder.lock, torch.cuda.device(recorder.stream.device):
             if self._graph is None and not self._is_warm:
                 # The first run compiles and allocates what stays, which must not be recorded.
+                output = recorder.run_aside(step)
                 self._is_warm = True
-                return recorder.run_aside(step)
+                return output
             if self._graph is None:
                 self._graph, self._output = recorder.record(step)
             return recorder.replay(self._graph, self._output)
