@@ -15,10 +15,10 @@ class ByBlocks:
     """Options of `generate` for one model; what is compiled stays for its next answers."""
 
     def __init__(self, model, backend=eager_backend):
-        self._decoding = BlockDecoding(model.device, backend)
+        self.decoding = BlockDecoding(model.device, backend)
         self.options = {"custom_generate": partial(decode_with, self._step)}
 
     def _step(self, model, inputs, cache, generation_config, model_kwargs):
         obstacle = obstacle_to_blocks(model, cache, inputs)
         assert obstacle is None, obstacle
-        return BlockStep(model, inputs, cache, self._decoding)
+        return BlockStep(model, inputs, cache, self.decoding)

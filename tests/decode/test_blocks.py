@@ -72,6 +72,19 @@ def test_one_graph_for_each_kind_of_block_serves_all_prompts_and_caches(name):
     assert not counters["graph_break"]
 
 
+def test_one_storage_and_one_recording_serve_all_caches(no_garbage_collection):
+    model, places = build("gemma3_text"), set()
+    blocks = ByBlocks(model)
+    for tokens in (40, 3, 60):
+        _, cache = answer(model, models.prompt_ids(1, tokens), blocks.options, min_new_tokens=NEW_TOKENS)
+        places.add(tuple(layer.keys.data_ptr() for layer in cache.layers))
+        del cache, _
+    assert len(places) == len(blocks.decoding.recorder) == 1
+    _, cache = answer(model, models.prompt_ids(), blocks.options)
+    answer(model, models.prompt_ids(), blocks.options)
+    assert len(blocks.decoding.recorder) == 2  # that of a cache beside another one
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "vicuna"])
 def test_image_prompts(vision_case, family, rows):

@@ -4,6 +4,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..cache import PrefillSelectionCache
@@ -44,6 +45,32 @@ def decoding_of(model: PreTrainedModel) -> BlockDecoding:
     if found is None or found.device != model.device:
         found = _decodings[model] = BlockDecoding(model.device)
     return found
+
+
+class BlockRunner:
+    """What the blocks of a twin do in place of their own: all of a kind are run by one compiled function.
+
+    Nothing in it leads back to the twin: without a cycle the cache's storage is free as soon as the cache is.
+
+    Args:
+        cache: that is decoded on.
+        programs: of the model.
+    """
+
+    def __init__(self, cache: PrefillSelectionCache, programs: BlockPrograms) -> None:
+        self._cache = cache
+        self._programs = programs
+        self._caches = [block_cache(layer) for layer in cache.layers]
+
+    def __call__(self, number: int, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Runs a block with the cache of its own layer in place of the whole one."""
+        layer, cache = self._cache.layers[number], self._caches[number]
+        run = self._programs.of_kind((type(block), type(layer), getattr(layer, "sliding_window", None)))
+        return run(
+            block,
+            *(cache if value is self._cache else value for value in args),
+            **{name: cache if value is self._cache else value for name, value in kwargs.items()},
+        )
 
 
 class BlockStep:
@@ -117,8 +144,7 @@ class BlockStep:
         self._slots = [(layer, layer.keys) for layer in layers if isinstance(layer, (StaticLayer, WindowLayer))]
         self._twin: Any = None
         if not self._recording.is_recorded:
-            self._twin = twin_of(self._model, self._path, self._run_block)
-            self._caches = [block_cache(layer) for layer in layers]
+            self._twin = twin_of(self._model, self._path, BlockRunner(self._cache, self._decoding.programs))
 
     def _has_moved(self) -> bool:
         return any(layer.keys is not keys for layer, keys in self._slots)
@@ -132,16 +158,6 @@ class BlockStep:
         for lengths in lengths_of(self._cache.layers):
             lengths.advance(1)
         return logits
-
-    def _run_block(self, number: int, block: Any, *args: Any, **kwargs: Any) -> Any:
-        """What a block of the twin does in place of its own: all of a kind are run by one compiled function."""
-        layer, cache = self._cache.layers[number], self._caches[number]
-        run = self._decoding.programs.of_kind((type(block), type(layer), getattr(layer, "sliding_window", None)))
-        return run(
-            block,
-            *(cache if value is self._cache else value for value in args),
-            **{name: cache if value is self._cache else value for name, value in kwargs.items()},
-        )
 
 
 def _has_tensors(value: Any) -> bool:

@@ -80,6 +80,10 @@ class Recorder:
         self._pool: Any = None
         self._done: torch.cuda.Event | None = None
 
+    def __len__(self) -> int:
+        """How many steps have been recorded, or will be."""
+        return len(self._recordings)
+
     def find(self, key: Hashable, make_inputs: Callable[[], Inputs]) -> Recording:
         """The recording of that key, a new one if there is none."""
         with self.lock:
