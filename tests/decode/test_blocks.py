@@ -7,12 +7,12 @@ from threading import Thread
 
 import pytest
 import torch
+from by_blocks import ByBlocks
 from test_loop import EndsAt
 from torch._dynamo.utils import counters
 from transformers import StoppingCriteriaList, TextStreamer
 
 import models
-from by_blocks import ByBlocks
 from compiling import graphs
 from mmshiftkv import CACHE_ARGUMENT, ShiftKVCache, decode_ahead
 
@@ -80,8 +80,8 @@ def test_one_storage_and_one_recording_serve_all_caches(no_garbage_collection):
         places.add(tuple(layer.keys.data_ptr() for layer in cache.layers))
         del cache, _
     assert len(places) == len(blocks.decoding.recorder) == 1
-    _, cache = answer(model, models.prompt_ids(), blocks.options)
-    answer(model, models.prompt_ids(), blocks.options)
+    beside = answer(model, models.prompt_ids(), blocks.options)
+    assert_same(answer(model, models.prompt_ids(), blocks.options), beside)
     assert len(blocks.decoding.recorder) == 2  # that of a cache beside another one
 
 
