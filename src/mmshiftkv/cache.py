@@ -236,6 +236,11 @@ class PrefillSelectionCache(DynamicCache):
         self._prefill, self._prompt_ids = None, prompt_ids
 
     @property
+    def decoder(self) -> Decoder:
+        """That of the model which the cache was built for."""
+        return self._decoder
+
+    @property
     def is_compileable(self) -> bool:
         """Whether `generate` may compile decoding: `max_new_tokens` was given, and nothing is in the way."""
         is_recording = any(getattr(layer, "record_past", False) for layer in self.layers)

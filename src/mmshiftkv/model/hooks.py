@@ -220,6 +220,13 @@ class _Hook:
         cache.reset()
 
 
+def has_foreign_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks that are not of a prefill, which another thread may be running."""
+    with _hook_lock:
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return any(not isinstance(getattr(hook, "__self__", None), _Hook) for hook in hooks)
+
+
 def _remove_all(handles: list[RemovableHandle]) -> None:
     with _hook_lock:
         while handles:
