@@ -1,10 +1,11 @@
-"""The operations of a prompt-token selection, and the projections of a decoding step; knows torch and Triton alone.
+"""The operations of a prompt-token selection, and what a decoding step is made of; knows torch and Triton alone.
 
 Every operation is stated in `reference` in plain torch; on a GPU the kernels in `fused` take its place.
 """
 
 from .ops import (
     attend,
+    attend_token,
     draw_samples,
     gather,
     group_mass,
@@ -19,6 +20,7 @@ from .ops import (
 
 __all__ = [
     "attend",
+    "attend_token",
     "draw_samples",
     "gather",
     "group_mass",

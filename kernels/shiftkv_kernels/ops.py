@@ -333,6 +333,40 @@ def project_token(
     return reference.project_token(state, weights, biases)
 
 
+def attend_token(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    *,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """What one token's query (B, H, 1, D) gets from slots of keys and values: (B, H, 1, D_V)."""
+    check_shape("query", query, "(B, H, 1, D)", (None, None, 1, None))
+    batch, heads, _, head_dim = query.shape
+    check_shape("keys", keys, "(B, H_kv, S, D)", (batch, None, None, head_dim))
+    check_shape("values", values, "(B, H_kv, S, D_V)", (*keys.shape[:3], None))
+    if heads % keys.shape[1]:
+        raise ValueError(f"query has {heads} heads, must have a multiple of the {keys.shape[1]} heads of keys")
+    for name, tensor in (("keys", keys), ("values", values)):
+        check_dtype(name, tensor, query.dtype)
+        check_device(name, tensor, "query", query)
+    for name, tensor in (("query", query), ("keys", keys), ("values", values)):
+        if tensor.stride(3) != 1:
+            raise ValueError(f"{name} has strides {tensor.stride()}, must have 1 in the last place")
+    if mask is not None:
+        check_shape("mask", mask, "(B or 1, 1, 1, S)", (1 if mask.shape[:1] == (1,) else batch, 1, 1, keys.shape[2]))
+        check_dtype("mask", mask, torch.bool, query.dtype)
+        check_device("mask", mask, "query", query)
+        check_contiguous("mask", mask)
+    if takes_triton(backend, query.device, unless=_no_product_of(query.dtype)):
+        from .fused.attend_token import attend_token as fused
+
+        return fused(query, keys, values, mask, scale)
+    return reference.attend_token(query, keys, values, mask, scale)
+
+
 def _check_queries(proxy_queries: torch.Tensor, last_query: torch.Tensor) -> torch.Size:
     check_shape("proxy_queries", proxy_queries, "(B, H, N, D)", (None, None, None, None))
     batch, heads, _, head_dim = proxy_queries.shape
