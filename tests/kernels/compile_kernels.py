@@ -213,7 +213,7 @@ def token_attention_cases(capability: int) -> dict[str, Any]:
     kernel = attend_token._attend_token_kernel
     return {
         f"{kernel.__name__} {mask}": compile_kernel(
-            kernel, {**shape, "IS_BOOL": mask == "bool"}, "bf16", capability, num_warps=attend_token._WARPS
+            kernel, {**shape, "IS_ADDED": mask == "added"}, "bf16", capability, num_warps=attend_token._WARPS
         )
         for mask in ("bool", "added")
     }

@@ -17,7 +17,7 @@ _SLOTS_AT_ONCE, _WARPS = 64, 4
 def _attend_token_kernel(
     p_query, p_keys, p_values, p_mask, p_out, scale, heads, S,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_mb,
-    R: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, IS_BOOL: tl.constexpr,
+    R: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, IS_ADDED: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D_V: tl.constexpr,
 ):  # fmt: skip
     """The output of one query head of one row."""
@@ -36,14 +36,13 @@ def _attend_token_kernel(
         shown = s < S
         if p_mask is not None:
             mask = tl.load(p_mask + row_offset * stride_mb + s, mask=shown, other=0)
-            if IS_BOOL:
+            if not IS_ADDED:
                 shown = shown & (mask != 0)
         places = tl.cast(s, tl.int64)[:, None]
         keys = tl.load(p_keys + places * stride_kt + d[None, :], mask=shown[:, None] & (d < D)[None, :], other=0)
         logits = tl.sum(keys.to(tl.float32) * query[None, :], 1)
-        if p_mask is not None:
-            if not IS_BOOL:
-                logits += mask.to(tl.float32) * 1.4426950408889634
+        if IS_ADDED:
+            logits += mask.to(tl.float32) * 1.4426950408889634  # log2(e)
         logits = tl.where(shown, logits, -float("inf"))
         highest = tl.maximum(largest, tl.max(logits, 0))
         # Before the first shown slot there is nothing to be relative to.
@@ -85,7 +84,7 @@ def attend_token(
             R=heads // keys.shape[1],
             D=head_dim,
             D_V=value_dim,
-            IS_BOOL=is_bool,
+            IS_ADDED=mask is not None and not is_bool,
             BLOCK_S=_SLOTS_AT_ONCE,
             BLOCK_D=triton.next_power_of_2(head_dim),
             BLOCK_D_V=triton.next_power_of_2(value_dim),
