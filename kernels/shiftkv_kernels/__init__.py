@@ -3,14 +3,13 @@
 Every operation is stated in `reference` in plain torch; on a GPU the kernels in `fused` take its place.
 """
 
+from .decoding_ops import attend_token, project_token
 from .ops import (
     attend,
-    attend_token,
     draw_samples,
     gather,
     group_mass,
     keep_best,
-    project_token,
     refit_values,
     rotate_queries,
     token_statistics,

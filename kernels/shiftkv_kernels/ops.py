@@ -8,15 +8,12 @@ and raises ValueError for tensors that do not fit together, values out of range,
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from . import reference
 from .checks import (
-    check_alike,
-    check_contiguous,
     check_device,
     check_dtype,
     check_flag,
@@ -26,9 +23,8 @@ from .checks import (
     check_valid,
     checked_logits,
 )
-from .device import is_interpreted, takes_triton
+from .device import is_interpreted, no_product_of, takes_triton
 
-_PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_HEAD_DIM = 256
 _LARGEST_SEED = 2**32 - 1
 
@@ -307,66 +303,6 @@ def gather(
     return reference.gather(keys, values, indices, out=out, valid=valid, not_finite=not_finite)
 
 
-def project_token(
-    state: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
-    *,
-    backend: str = "auto",
-) -> list[torch.Tensor]:
-    """Linear layers (N, K) that share the state of one token, (..., K); each has its own N, and a bias (N,) or None."""
-    if state.dim() == 0 or state.numel() != state.shape[-1]:
-        raise ValueError(f"state has shape {tuple(state.shape)}, must be (..., K) with 1 in place of the dots")
-    if len(biases) != len(weights):
-        raise ValueError(f"biases has {len(biases)} entries, must have one for each of the {len(weights)} weights")
-    check_contiguous("state", state)
-    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        check_shape(f"weights[{index}]", weight, "(N, K)", (None, state.shape[-1]))
-        check_alike(f"weights[{index}]", weight, "state", state)
-        if bias is not None:
-            check_shape(f"biases[{index}]", bias, "(N,)", weight.shape[:1])
-            check_alike(f"biases[{index}]", bias, "state", state)
-    if takes_triton(backend, state.device, unless=_no_product_of(state.dtype)):
-        from .fused.project_token import project_token as fused
-
-        return fused(state, weights, biases)
-    return reference.project_token(state, weights, biases)
-
-
-def attend_token(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    *,
-    backend: str = "auto",
-) -> torch.Tensor:
-    """What one token's query (B, H, 1, D) gets from slots of keys and values: (B, H, 1, D_V)."""
-    check_shape("query", query, "(B, H, 1, D)", (None, None, 1, None))
-    batch, heads, _, head_dim = query.shape
-    check_shape("keys", keys, "(B, H_kv, S, D)", (batch, None, None, head_dim))
-    check_shape("values", values, "(B, H_kv, S, D_V)", (*keys.shape[:3], None))
-    if heads % keys.shape[1]:
-        raise ValueError(f"query has {heads} heads, must have a multiple of the {keys.shape[1]} heads of keys")
-    for name, tensor in (("keys", keys), ("values", values)):
-        check_dtype(name, tensor, query.dtype)
-        check_device(name, tensor, "query", query)
-    for name, tensor in (("query", query), ("keys", keys), ("values", values)):
-        if tensor.stride(3) != 1:
-            raise ValueError(f"{name} has strides {tensor.stride()}, must have 1 in the last place")
-    if mask is not None:
-        check_shape("mask", mask, "(B or 1, 1, 1, S)", (1 if mask.shape[:1] == (1,) else batch, 1, 1, keys.shape[2]))
-        check_dtype("mask", mask, torch.bool, query.dtype)
-        check_device("mask", mask, "query", query)
-        check_contiguous("mask", mask)
-    if takes_triton(backend, query.device, unless=_no_product_of(query.dtype)):
-        from .fused.attend_token import attend_token as fused
-
-        return fused(query, keys, values, mask, scale)
-    return reference.attend_token(query, keys, values, mask, scale)
-
-
 def _check_queries(proxy_queries: torch.Tensor, last_query: torch.Tensor) -> torch.Size:
     check_shape("proxy_queries", proxy_queries, "(B, H, N, D)", (None, None, None, None))
     batch, heads, _, head_dim = proxy_queries.shape
@@ -402,7 +338,7 @@ def _check_prompt(
 
 def _no_product(keys: torch.Tensor, values: torch.Tensor | None = None) -> str | None:
     """Why the kernels cannot multiply these keys and values, if they cannot."""
-    if reason := _no_product_of(keys.dtype):
+    if reason := no_product_of(keys.dtype):
         return reason
     largest = keys.shape[-1] if values is None else max(keys.shape[-1], values.shape[-1])
     if largest > _LARGEST_HEAD_DIM:
@@ -410,10 +346,3 @@ def _no_product(keys: torch.Tensor, values: torch.Tensor | None = None) -> str |
     if keys.dtype == torch.bfloat16 and is_interpreted():
         return "Triton's interpreter cannot multiply bfloat16"
     return None
-
-
-def _no_product_of(dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot multiply numbers of this dtype, if they cannot."""
-    if dtype in _PRODUCT_DTYPES:
-        return None
-    return f"it multiplies {', '.join(map(str, _PRODUCT_DTYPES))}, not {dtype}"
