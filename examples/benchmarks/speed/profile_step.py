@@ -122,7 +122,7 @@ def kernels(model: Any, kind: Any, batch: int, arguments: argparse.Namespace) ->
 
     few, steps = 2, 16
     before, after = totals(few), totals(few + steps)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "kernel": name,
             "calls": (calls - before[name][0]) / steps,

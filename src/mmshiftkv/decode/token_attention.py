@@ -46,14 +46,14 @@ def _replace(graph: fx.Graph, node: fx.Node, written: dict[fx.Node, int]) -> Non
     query, *repeated = node.args
     mask = node.kwargs.get("attn_mask")
     assert isinstance(query, fx.Node)
-    held = [_unrepeated(part, written, written[node]) for part in repeated if isinstance(part, fx.Node)]
-    if len(held) != 2 or not _fits(node, query, *held, mask):
+    keys, values = (_unrepeated(part, written, written[node]) for part in repeated if isinstance(part, fx.Node))
+    if not _fits(node, query, keys, values, mask):
         return
     scale = node.kwargs.get("scale")
     if scale is None:
         scale = _value(query).shape[3] ** -0.5
     with graph.inserting_before(node):
-        output = graph.call_function(torch.ops.mmshiftkv.attend_token.default, (query, *held, mask, scale))
+        output = graph.call_function(torch.ops.mmshiftkv.attend_token.default, (query, keys, values, mask, scale))
     node.replace_all_uses_with(output, propagate_meta=True)
     graph.erase_node(node)
     for part in repeated:
