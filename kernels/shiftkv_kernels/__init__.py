@@ -1,15 +1,15 @@
-"""The operations of a prompt-token selection, and the projections of a decoding step; knows torch and Triton alone.
+"""The operations of a prompt-token selection, and what a decoding step is made of; knows torch and Triton alone.
 
 Every operation is stated in `reference` in plain torch; on a GPU the kernels in `fused` take its place.
 """
 
+from .decoding_ops import attend_token, project_token
 from .ops import (
     attend,
     draw_samples,
     gather,
     group_mass,
     keep_best,
-    project_token,
     refit_values,
     rotate_queries,
     token_statistics,
@@ -19,6 +19,7 @@ from .ops import (
 
 __all__ = [
     "attend",
+    "attend_token",
     "draw_samples",
     "gather",
     "group_mass",

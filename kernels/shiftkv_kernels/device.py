@@ -10,6 +10,7 @@ try:
 except ImportError:  # not made for every platform
     triton = None
 
+_PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "triton", "torch")
 _LEAST_CAPABILITY = (8, 0)
 
@@ -50,6 +51,13 @@ def takes_triton(backend: str, device: torch.device, unless: str | None = None) 
     if reason is not None:
         raise ValueError(f'backend="triton" cannot be used: {reason}')
     return True
+
+
+def no_product_of(dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot multiply numbers of this dtype, if they cannot."""
+    if dtype in _PRODUCT_DTYPES:
+        return None
+    return f"it multiplies {', '.join(map(str, _PRODUCT_DTYPES))}, not {dtype}"
 
 
 @functools.cache

@@ -9,21 +9,17 @@ and raises ValueError for tensors that do not fit together, values out of range,
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from . import reference, required
 from .checks import (
-    check_alike,
-    check_contiguous,
-    check_shape,
     checked_once,
 )
-from .device import is_interpreted, takes_triton
+from .device import is_interpreted, no_product_of, takes_triton
 
-_PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_HEAD_DIM = 256
 
 
@@ -231,33 +227,9 @@ def gather(
     return reference.gather(keys, values, indices, out=out, valid=valid, not_finite=not_finite)
 
 
-def project_token(
-    state: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
-    *,
-    backend: str = "auto",
-) -> list[torch.Tensor]:
-    """Linear layers (N, K) that share the state of one token, (..., K); each has its own N, and a bias (N,) or None."""
-    if state.dim() == 0 or state.numel() != state.shape[-1]:
-        raise ValueError(f"state has shape {tuple(state.shape)}, must be (..., K) with 1 in place of the dots")
-    if len(biases) != len(weights):
-        raise ValueError(f"biases has {len(biases)} entries, must have one for each of the {len(weights)} weights")
-    check_contiguous("state", state)
-    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        check_shape(f"weights[{index}]", weight, "(N, K)", (None, state.shape[-1]))
-        check_alike(f"weights[{index}]", weight, "state", state)
-        if bias is not None:
-            check_shape(f"biases[{index}]", bias, "(N,)", weight.shape[:1])
-            check_alike(f"biases[{index}]", bias, "state", state)
-    if takes_triton(backend, state.device, unless=_no_product_of(state.dtype)):
-        return _fused("project_token")(state, weights, biases)
-    return reference.project_token(state, weights, biases)
-
-
 def _no_product(keys: torch.Tensor, values: torch.Tensor | None = None) -> str | None:
     """Why the kernels cannot multiply these keys and values, if they cannot."""
-    if reason := _no_product_of(keys.dtype):
+    if reason := no_product_of(keys.dtype):
         return reason
     largest = keys.shape[-1] if values is None else max(keys.shape[-1], values.shape[-1])
     if largest > _LARGEST_HEAD_DIM:
@@ -265,10 +237,3 @@ def _no_product(keys: torch.Tensor, values: torch.Tensor | None = None) -> str |
     if keys.dtype == torch.bfloat16 and is_interpreted():
         return "Triton's interpreter cannot multiply bfloat16"
     return None
-
-
-def _no_product_of(dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot multiply numbers of this dtype, if they cannot."""
-    if dtype in _PRODUCT_DTYPES:
-        return None
-    return f"it multiplies {', '.join(map(str, _PRODUCT_DTYPES))}, not {dtype}"

@@ -2,12 +2,15 @@
 
 from functools import partial
 
+from mmshiftkv.decode.block_programs import use_token_kernels
 from mmshiftkv.decode.block_step import BlockDecoding, BlockStep
 from mmshiftkv.decode.fitting import obstacle_to_blocks
 from mmshiftkv.decode.loop import decode_with
 
 
 def eager_backend(graph_module, example_inputs):
+    """The kernels' meaning in plain torch, and no compiler."""
+    use_token_kernels(graph_module)
     return graph_module
 
 

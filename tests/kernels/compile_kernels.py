@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 from shiftkv_kernels.device import Gpu
 from shiftkv_kernels.fused import (
     attend,
+    attend_token,
     gather,
     group_mass,
     keep_best,
@@ -31,10 +32,10 @@ from shiftkv_kernels.fused import (
 )
 
 FLOATS = {"scale", "cap_scale", "threshold", "remainder", "gamma", "per_row", "last_weight", "ridge"}
-POINTERS = {"p_valid": "*u8", "p_cuts": "*i32", "p_kept": "*i64", "p_indices": "*i64"}
+POINTERS = {"p_valid": "*u8", "p_cuts": "*i32", "p_kept": "*i64", "p_indices": "*i64", "p_mask": "*u8"}
 INPUTS = {"p_proxies", "p_last", "p_keys", "p_values", "p_kept_keys", "p_kept_values", "p_states", "p_samples"}
 INPUTS |= {f"p_{part}_{index}" for part in ("weight", "bias", "out") for index in range(3)} | {"p_state"}
-INPUTS |= {"p_refitted", "p_sinks"} | {"p_queries", "p_cos", "p_sin", "p_rotated", "p_rotated_last"}
+INPUTS |= {"p_query"} | {"p_refitted", "p_sinks"} | {"p_queries", "p_cos", "p_sin", "p_rotated", "p_rotated_last"}
 UNIT_STRIDES = {"stride_kd", "stride_vd"}
 UNSPECIALIZED = {"T", "C", "S", "tiles_per_part", "chunks_per_program", "steps_per_program", "seed", "stream", "first"}
 UNSPECIALIZED |= {"parts", "shares", "tiles"}
@@ -207,9 +208,22 @@ def projection_cases(capability: int) -> dict[str, Any]:
     }
 
 
+def token_attention_cases(capability: int) -> dict[str, Any]:
+    """One token's attention with either mask."""
+    shape = {"R": 7, "D": 128, "D_V": 128, "BLOCK_S": attend_token._SLOTS_AT_ONCE, "BLOCK_D": 128, "BLOCK_D_V": 128}
+    kernel = attend_token._attend_token_kernel
+    return {
+        f"{kernel.__name__} {mask}": compile_kernel(
+            kernel, {**shape, "IS_ADDED": mask == "added"}, "bf16", capability, num_warps=attend_token._WARPS
+        )
+        for mask in ("bool", "added")
+    }
+
+
 if __name__ == "__main__":
     target = int(sys.argv[1])
     kernels = group_mass_cases(target) | value_cases(target) | other_cases(target) | projection_cases(target)
+    kernels |= token_attention_cases(target)
     report = {
         name: {"shared": kernel.metadata.shared, "wgmma": "wgmma.mma_async" in kernel.asm["ptx"]}
         for name, kernel in kernels.items()

@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from shiftkv_kernels import device as devices
 from shiftkv_kernels import (
+    attend_token,
     draw_samples,
     gather,
     group_mass,
@@ -16,6 +16,7 @@ from shiftkv_kernels import (
     token_statistics,
     vote,
 )
+from shiftkv_kernels import device as devices
 
 Q, LAST, K = torch.randn(2, 4, 8, 16), torch.randn(2, 4, 1, 16), torch.randn(2, 2, 9, 16)
 MASS, SCORES = torch.rand(2, 2, 3, 9), torch.rand(2, 2, 9)
@@ -37,6 +38,7 @@ def gather_into(*out):
     return gather(K, K, INDICES, out=out)
 
 
+QUERY, SLOTS = torch.randn(1, 4, 1, 8), (torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8))
 REFUSED = {
     "proxy_queries has shape (4, 8, 16), must be (B, H, N, D)": lambda: mass_of(Q[0]),
     "last_query has shape (2, 4, 2, 16), must be (B, H, 1, D) = (2, 4, 1, 16)": lambda: mass_of(last=Q[:, :, :2]),
@@ -124,6 +126,21 @@ REFUSED = {
     "weights[0] is on meta, must be on cpu like state": lambda: project_token(STATE, [WEIGHT.to("meta")], [BIAS]),
     "biases[0] has shape (6,), must be (N,) = (5)": lambda: project_token(STATE, [WEIGHT], [STATE[0, 0]]),
     "biases[1] is torch.float64": lambda: project_token(STATE, [WEIGHT, WEIGHT], [BIAS, BIAS.double()]),
+    "query has shape (1, 4, 2, 8), must be (B, H, 1, D)": lambda: attend_token(
+        QUERY.repeat(1, 1, 2, 1), *SLOTS, None, 1
+    ),
+    "query has 3 heads, must have a multiple of the 2 heads of keys": lambda: attend_token(
+        QUERY[:, 1:], *SLOTS, None, 1
+    ),
+    "keys is torch.float16": lambda: attend_token(QUERY, SLOTS[0].half(), SLOTS[1], None, 1),
+    "values has shape (1, 2, 4, 8)": lambda: attend_token(QUERY, SLOTS[0], SLOTS[1][:, :, 1:], None, 1),
+    "values has strides (80, 40, 1, 5), must have 1 in the last place": lambda: attend_token(
+        QUERY, SLOTS[0], SLOTS[1].mT.contiguous().mT, None, 1
+    ),
+    "mask has shape (1, 4, 1, 5), must be (B or 1, 1, 1, S)": lambda: attend_token(
+        QUERY, *SLOTS, torch.ones(1, 4, 1, 5, dtype=torch.bool), 1
+    ),
+    "mask is torch.int64": lambda: attend_token(QUERY, *SLOTS, torch.ones(1, 1, 1, 5, dtype=torch.int64), 1),
     "step_sin has shape (3, 16)": lambda: rotate_queries(Q, LAST, COS, COS, STEPS, STEPS[1:]),
 }
 

@@ -5,13 +5,14 @@ Sums and softmax are float32 whatever the inputs are.
 """
 
 from .attention import group_mass, vote
-from .decoding import project_token
+from .decoding import attend_token, project_token
 from .proxies import draw_samples, gaussian_noise, prompt_statistics, rotate_queries, token_statistics
 from .storing import gather, keep_best
 from .values import attend, refit_values, value_scores
 
 __all__ = [
     "attend",
+    "attend_token",
     "draw_samples",
     "gather",
     "gaussian_noise",

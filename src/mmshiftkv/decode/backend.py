@@ -1,7 +1,6 @@
 """A backend of torch.compile for decoding: the projections of one token's state are read at the speed of memory."""
 
 import operator
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,8 @@ from torch import fx
 from torch._subclasses import FakeTensor
 
 from shiftkv_kernels import project_token
+
+from .tracing import writes
 
 
 def decoding_backend(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -42,12 +43,12 @@ def merge_projections(graph: fx.Graph) -> None:
         graph: as Dynamo hands it to a backend: parameters are placeholders, and nodes know their values' shapes.
     """
     groups: dict[tuple[Any, int], list[fx.Node]] = {}
-    writes = 0
+    written = 0
     for node in graph.nodes:
-        if _writes(node):
-            writes += 1
+        if writes(node):
+            written += 1
         elif _is_projection(node):
-            groups.setdefault((node.args[0], writes), []).append(node)
+            groups.setdefault((node.args[0], written), []).append(node)
     for nodes in groups.values():
         _merge(graph, nodes)
 
@@ -69,35 +70,6 @@ def _is_projection(node: fx.Node) -> bool:
     return not values[-1].requires_grad and all(
         value.dtype == values[0].dtype and value.is_contiguous() for value in values
     )
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether the node may change a tensor in place: what is merged moves forward, and must not pass it."""
-    if node.op not in ("call_function", "call_method"):
-        return node.op == "call_module"
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
-    return _is_opaque(target) or _is_in_place(target, node)
-
-
-def _is_opaque(target: Any) -> bool:
-    """Whether nothing is known of what the function does: Dynamo did not look into it, or it calls others."""
-    if isinstance(target, types.FunctionType):
-        return not target.__module__.startswith("torch.")
-    return isinstance(target, torch._ops.HigherOrderOperator)
-
-
-def _is_in_place(target: Any, node: fx.Node) -> bool:
-    """Whether a function or method of torch, or an operator, writes, by its name or its arguments."""
-    name = target if isinstance(target, str) else getattr(target, "__name__", "_")
-    name = name.removeprefix("__").removesuffix("__")
-    writes = name.endswith("_") or name == "setitem" or (name.startswith("i") and hasattr(operator, f"__{name}__"))
-    # Those of torch.nn.functional take `inplace` and `training` as keywords or by place.
-    given = (*node.args, *(node.kwargs.get(keyword) for keyword in ("inplace", "training")))
-    return writes or "out" in node.kwargs or any(part is True for part in given)
 
 
 def _merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from .backend import merge_projections
+from .token_attention import replace_token_attention
 
 _logger = logging.getLogger(__name__)
 _numbers = itertools.count()
@@ -19,7 +20,7 @@ Backend = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
 
 def block_backend(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-    """A backend of torch.compile: Inductor, with the projections of one token merged.
+    """A backend of torch.compile: Inductor, with the kernels of this package for one token.
 
     Args:
         graph_module: one decoder block as Dynamo traced it; it is changed.
@@ -30,11 +31,18 @@ def block_backend(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Ca
     """
     started = time.monotonic()
     _logger.info("compiling a decoder block; blocks of the same kind share it")
-    merge_projections(graph_module.graph)
-    graph_module.recompile()
+    use_token_kernels(graph_module)
     compiled = torch._inductor.compile(graph_module, example_inputs, options={"triton.cudagraphs": False})
     _logger.info("compiled a decoder block in %.1f s", time.monotonic() - started)
     return compiled
+
+
+def use_token_kernels(graph_module: fx.GraphModule) -> None:
+    """Has projections and attention of single tokens done by the kernels of this package; the graph is changed."""
+    merge_projections(graph_module.graph)
+    replace_token_attention(graph_module.graph)
+    graph_module.graph.lint()
+    graph_module.recompile()
 
 
 class BlockPrograms:

@@ -36,9 +36,10 @@ def decode_ahead(
     `generate` prepares every step anew and waits for its token before it goes on; with a small cache that is a good
     part of a step.  This loop prepares once, and looks whether a step was the last one while the next already runs;
     what that one did is taken back then.  Where that cannot be, in models with layers of linear attention or
-    convolution, it looks before the next one runs, with all else prepared.  Unless a `compile_config` is given, the
-    step is compiled by `decoding_backend`.  Tokens are those of `generate` up to rounding: the model, logits processors
-    and stopping criteria are the same.
+    convolution, it looks before the next one runs, with all else prepared.  On a GPU one decoder block of each kind is
+    compiled for all, and the step is recorded as one CUDA graph that later caches use too; with a `compile_config`, and
+    where blocks cannot be taken one by one, the step is compiled as a whole.  Tokens are those of `generate` up to
+    rounding: the model, logits processors and stopping criteria are the same.
 
     Args:
         model: the model.
