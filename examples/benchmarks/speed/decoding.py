@@ -34,7 +34,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from benchmarks.speed.memory import allocated, free_unused, held_bytes
+from benchmarks.speed.memory import allocated, free_unused, held_bytes, out_of_memory
 from benchmarks.speed.rows import UNTIMED, Row
 from mmshiftkv import CACHE_ARGUMENT, ShiftKVCache, decode_ahead
 
@@ -284,10 +284,11 @@ class Measurement:
         try:
             ids = random_prompt(self._model, self._batch, turn.tokens)
             return run_once(self._model, turn.kind, ids, self._new_tokens)
-        except torch.cuda.OutOfMemoryError as error:
-            tqdm.write(
-                f"{turn.kind.name}, {self._batch} x {turn.tokens}: {str(error).splitlines()[0]}", file=sys.stderr
-            )
+        except Exception as error:
+            reason = out_of_memory(error)
+            if reason is None:
+                raise
+            tqdm.write(f"{turn.kind.name}, {self._batch} x {turn.tokens}: {reason}", file=sys.stderr)
             return None
 
     def _start_anew(self) -> None:

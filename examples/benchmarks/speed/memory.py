@@ -1,4 +1,4 @@
-"""Memory: what is allocated, and what a cache holds."""
+"""Memory: what is allocated, what a cache holds, and whether an error says that there was too little."""
 
 import gc
 
@@ -6,6 +6,9 @@ import torch
 from transformers import Cache
 
 from mmshiftkv import PrefillSelectionCache
+
+# As torch's allocator, CUDA itself and cuBLAS, which makes its workspace when it is first used, say it.
+TOO_LITTLE_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def allocated(device: torch.device) -> int:
@@ -25,3 +28,17 @@ def held_bytes(cache: Cache) -> int:
     if isinstance(cache, PrefillSelectionCache):
         return cache.report().bytes_stored
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What a GPU with too little memory said, in one line; None for any other error.
+
+    Whoever compiles puts errors of the code that it runs into errors of its own.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        text = str(cause)
+        if isinstance(cause, RuntimeError) and any(words in text for words in TOO_LITTLE_MEMORY):
+            return next(line for line in text.splitlines() if any(words in line for words in TOO_LITTLE_MEMORY))
+        cause = getattr(cause, "inner_exception", None) or cause.__cause__ or cause.__context__
+    return None

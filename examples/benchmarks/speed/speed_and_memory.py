@@ -2,14 +2,17 @@
 
     python examples/benchmarks/speed/speed_and_memory.py --random-weights qwen2.5-vl-7b --json decoding.json
     python examples/benchmarks/speed/speed_and_memory.py --model Qwen/Qwen2.5-VL-7B-Instruct --lengths 2048 8192
+    python examples/benchmarks/speed/speed_and_memory.py --random-weights qwen2.5-vl-7b --lengths 2048 --batches 32 64
+        --budgets 64 --new-tokens 64 --repeats 2 --json decoding_batch_32_64.json
     python examples/benchmarks/speed/speed_and_memory.py --read decoding.json --plot decoding.png
     python examples/benchmarks/speed/speed_and_memory.py --selection --json selection.json
 
 Without `--selection` it measures the time per token and the memory of plain `model.generate` with DynamicCache,
 StaticCache and ShiftKVCache, by length of the prompt and size of the batch; decoding.py says how. Prompts are
 random text, so that any decoder will do, and no token ends them. Without a model the small Qwen2.5-VL of this
-repository decodes. The file of `--json` is written anew after each batch size. `--plot decoding.png` draws two
-pictures: the time per token into decoding_time.png, the memory that the caches hold into decoding_memory.png.
+repository decodes. What runs out of memory says so in its row, and the others go on. The file of `--json` is written
+anew after each batch size. `--plot decoding.png` draws two pictures: the time per token into decoding_time.png, the
+memory that the caches hold into decoding_memory.png.
 
 With `--selection` it measures, at the shapes of Qwen2.5-VL-7B with random weights,
 
