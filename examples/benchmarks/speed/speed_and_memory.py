@@ -6,6 +6,7 @@
         --budgets 64 --new-tokens 64 --repeats 2 --json decoding_batch_32_64.json
     python examples/benchmarks/speed/speed_and_memory.py --read decoding.json --plot decoding.png
     python examples/benchmarks/speed/speed_and_memory.py --selection --json selection.json
+    python examples/benchmarks/speed/speed_and_memory.py --read new.json --check decoding.json
 
 Without `--selection` it measures the time per token and the memory of plain `model.generate` with DynamicCache,
 StaticCache and ShiftKVCache, by length of the prompt and size of the batch; decoding.py says how. Prompts are
@@ -21,9 +22,15 @@ With `--selection` it measures, at the shapes of Qwen2.5-VL-7B with random weigh
   that its operations and bytes need at the rates measured here;
 - whole prefills, time and peak memory, with DynamicCache and with ShiftKVCache in turn, at the first budget; "asked" is
   the published selection with queries asked of the attention modules, as for models whose queries cannot be rebuilt.
+
+`--check RECORD` compares what was measured, or read, with what an earlier run wrote, records of joined.py included, and
+ends with status 1 if something became worse or nothing could be compared. Times of two hosts are several times apart,
+so that ratios within a run are compared: figures.py says to what. Bytes and counts are compared as they are.
 """
 
 import argparse
+import contextlib
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,8 +41,10 @@ if not __package__:  # run as a script: its own folder is on the path, the folde
 
 from benchmarks import report
 from benchmarks.arguments import drop_repeats, need_packages
+from benchmarks.speed.checking import TOLERANCE, check
+from benchmarks.speed.figures import figures, what_it_is_of
 from benchmarks.speed.random_models import SHAPES
-from benchmarks.speed.rows import UNTIMED, read
+from benchmarks.speed.rows import UNTIMED
 from common import DTYPES, choose_device, errors_in_one_line, output_file, picture_file, positive_integer, script_parser
 
 CACHES = ("dynamic", "static", "shiftkv")
@@ -61,9 +70,22 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def decoding_file(text: str) -> dict[str, Any]:
-    """An argparse type: what speed_and_memory.py has written of decoding as JSON, by the path of the file."""
-    return report.read_record(text, "speed_and_memory.py", read)
+def record_file(text: str) -> dict[str, Any]:
+    """An argparse type: what speed_and_memory.py has written as JSON, by the path of the file."""
+    return report.read_record(text, "speed_and_memory.py", figures)
+
+
+def named_record_file(text: str) -> tuple[str, dict[str, Any]]:
+    """As `record_file`, with the path before it."""
+    return text, record_file(text)
+
+
+def share(text: str) -> float:
+    """An argparse type: a number that is not negative; 0.1 is a tenth."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (number := float(text)) < math.inf:
+            return number
+    raise argparse.ArgumentTypeError(f"needs a number, at least 0, such as 0.1 for a tenth, got {text!r}")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -82,6 +104,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--repeats", type=positive_integer, help="measured runs (default: 3; of each step of a selection: 20)")
     add("--json", type=output_file, help="write all figures, versions and settings to this file")
+    _add_records(parser.add_argument_group("earlier runs"))
     _add_decoding(parser.add_argument_group("decoding"))
     selection = parser.add_argument_group("selection")
     selection.add_argument("--selection", action="store_true", help="measure the selection during prefill instead")
@@ -92,7 +115,31 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         drop_repeats(arguments, "lengths", "batches", "budgets")
     elif arguments.json or arguments.selection:
         parser.error(f"--{'json' if arguments.json else 'selection'} goes without --read")
+    if arguments.tolerance is not None and not arguments.check:
+        parser.error("--tolerance goes with --check")
     return arguments
+
+
+def _add_records(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--read",
+        type=record_file,
+        nargs="+",
+        metavar="JSON",
+        help="measure nothing; show these files of --json together",
+    )
+    group.add_argument(
+        "--check",
+        type=named_record_file,
+        nargs="+",
+        metavar="RECORD",
+        help="compare with these files of --json; status 1 if something became worse",
+    )
+    group.add_argument(
+        "--tolerance",
+        type=share,
+        help=f"how much slower is as recorded, beside what the runs spread (default: {TOLERANCE}, a tenth)",
+    )
 
 
 def _add_decoding(group: argparse._ArgumentGroup) -> None:
@@ -108,13 +155,6 @@ def _add_decoding(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dtype", choices=DTYPES, help="auto: the checkpoint's (default: bfloat16; CPU: float32)")
     group.add_argument("--attn", help="attention implementation (default: sdpa)")
     group.add_argument("--device", type=choose_device, help="where to run (default: the GPU if there is one)")
-    group.add_argument(
-        "--read",
-        type=decoding_file,
-        nargs="+",
-        metavar="JSON",
-        help="measure nothing; show these files of --json together",
-    )
     group.add_argument(
         "--plot",
         type=picture_file,
@@ -154,23 +194,47 @@ def _check_decoding(parser: argparse.ArgumentParser, arguments: argparse.Namespa
         parser.error(f"--new-tokens {arguments.new_tokens}: the first {UNTIMED} of a run are not timed")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; without `argv`, that of the program."""
-    arguments = parse_arguments(argv)
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The record of what is asked for, which is also written to the file of `--json`."""
     if arguments.selection:
         from benchmarks.speed.selection_run import select
 
-        select(arguments)
+        return select(arguments)
+    from benchmarks.speed.decoding_run import decode
+
+    return decode(arguments)
+
+
+def show(records: Sequence[dict[str, Any]], plot: Path | None) -> None:
+    """Prints records of one kind, and draws those of decoding.
+
+    Raises:
+        ValueError: they cannot be shown together, or not drawn.
+    """
+    kinds = {what_it_is_of(record) for record in records}
+    if len(kinds) > 1:
+        raise ValueError(f"--read: these cannot be shown together: records of {' and of '.join(sorted(kinds))}")
+    if kinds == {"selection"}:
+        if plot:
+            raise ValueError("--plot: only records of decoding are drawn")
+        from benchmarks.speed.selection_run import show as show_selection
+
+        for record in records:
+            show_selection(record)
         return
-    records = arguments.read
-    if not records:
-        from benchmarks.speed.decoding_run import decode
+    from benchmarks.speed.decoding_report import show as show_decoding
 
-        records = [decode(arguments)]
-    from benchmarks.speed.decoding_report import show
+    show_decoding(records, plot)
 
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; without `argv`, that of the program."""
+    arguments = parse_arguments(argv)
+    records = arguments.read or [measure(arguments)]
     with errors_in_one_line():
         show(records, arguments.plot)
+    if arguments.check:
+        check(records, dict(arguments.check), TOLERANCE if arguments.tolerance is None else arguments.tolerance)
 
 
 if __name__ == "__main__":
