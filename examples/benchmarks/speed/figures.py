@@ -8,7 +8,8 @@ are several times apart:
 - of a prefill: to that with DynamicCache;
 - of one layer's selection: to the least time that its operations and bytes need at the rates measured in that run.
   Launched one by one it waits for the host: not judged;
-- of a cold start: to that with StaticCache, a cache that is not compiled to that with DynamicCache.
+- of a cold start: to that with StaticCache, if both are compiled;
+- of prompts of many lengths: their median to that with DynamicCache.
 
 Bytes and counts are compared as they are.
 """
@@ -56,24 +57,27 @@ class Time:
         return Figure("time", self.median / other.median, spread, judged)
 
 
+def what_it_is_of(record: Mapping[str, Any]) -> Literal["decoding", "selection", "starts"]:
+    """What a record was measured of."""
+    if "selection" in record:
+        return "selection"
+    return "starts" if "cold_starts" in record else "decoding"
+
+
 def conditions(record: Mapping[str, Any]) -> dict[str, Any]:
     """What has to be the same for two records to be compared; figures carry the rest in their keys.
 
     Raises:
         LookupError: it is no record of speed_and_memory.py.
     """
-    settings, device = record["settings"], record["environment"]["device"]
-    names = ("tiny",) if "selection" in record else ("model", "dtype", "attention")
+    settings, device, kind = record["settings"], record["environment"]["device"], what_it_is_of(record)
+    names = {"selection": ("tiny",), "decoding": ("model", "dtype", "attention")}
+    names["starts"] = (*names["decoding"], "lengths", "new_tokens")
     return {
-        "measured": what_it_is_of(record),
-        **{name: settings[name] for name in names},
+        "measured": kind,
+        **{name: settings[name] for name in names[kind]},
         "device": "CPU" if device.startswith("cpu") else "GPU",
     }
-
-
-def what_it_is_of(record: Mapping[str, Any]) -> str:
-    """ "selection" or "decoding"."""
-    return "selection" if "selection" in record else "decoding"
 
 
 def figures(record: Mapping[str, Any]) -> dict[Key, Figure]:
@@ -83,8 +87,11 @@ def figures(record: Mapping[str, Any]) -> dict[Key, Figure]:
         LookupError, TypeError: it is no record of speed_and_memory.py.
     """
     conditions(record)
-    if "selection" in record:
+    kind = what_it_is_of(record)
+    if kind == "selection":
         return dict([*_of_selections(record["selection"]), *_of_prefills(record["prefill"])])
+    if kind == "starts":
+        return dict([*_of_cold_starts(record["cold_starts"]), *_of_prompts(record["prompts"])])
     return dict(_of_decoding(read(dict(record))[1]))
 
 
@@ -141,3 +148,25 @@ def _of_prefills(rows: list[dict[str, Any]]) -> Iterator[tuple[Key, Figure]]:
         if row["peak"]:  # nothing is counted without a GPU
             yield (case, "peak"), Figure("allocated", row["peak"])
             yield (case, "held after it"), Figure("allocated", row["held"])
+
+
+def _of_cold_starts(rows: list[dict[str, Any]]) -> Iterator[tuple[Key, Figure]]:
+    times = {row["cache"]: Time(row["second_token"], row["fastest"], row["slowest"]) for row in rows}
+    decoding = {row["cache"]: row["decoding"] for row in rows}
+    for row in rows:
+        case = f"cold start, {row['cache']}"
+        yield (case, "decoded eagerly"), Figure("count", int(row["decoding"] == "eager"))
+        for name in ("graphs", "kernels"):
+            yield (case, f"{name} compiled"), Figure("count", row[name])
+        if row["cache"] not in FULL_CACHES and "StaticCache" in times:
+            judged = row["decoding"] == decoding["StaticCache"]
+            yield (case, "time to StaticCache's"), times[row["cache"]].to(times["StaticCache"], judged=judged)
+
+
+def _of_prompts(rows: list[dict[str, Any]]) -> Iterator[tuple[Key, Figure]]:
+    medians = {row["cache"]: row["median"] for row in rows}
+    for row in rows:
+        case = f"{len(row['tokens'])} prompts, {row['cache']}"
+        yield (case, "compiled again"), Figure("count", row["compiled_later"])
+        if row["cache"] != "DynamicCache" and "DynamicCache" in medians:
+            yield (case, "time to DynamicCache's"), Figure("time", row["median"] / medians["DynamicCache"])

@@ -6,6 +6,8 @@
         --budgets 64 --new-tokens 64 --repeats 2 --json decoding_batch_32_64.json
     python examples/benchmarks/speed/speed_and_memory.py --read decoding.json --plot decoding.png
     python examples/benchmarks/speed/speed_and_memory.py --selection --json selection.json
+    python examples/benchmarks/speed/speed_and_memory.py --random-weights qwen2.5-vl-7b --cold-start
+        --prompts-of-different-length 200 --json starts.json
     python examples/benchmarks/speed/speed_and_memory.py --read new.json --check decoding.json
 
 Without `--selection` it measures the time per token and the memory of plain `model.generate` with DynamicCache,
@@ -22,6 +24,10 @@ With `--selection` it measures, at the shapes of Qwen2.5-VL-7B with random weigh
   that its operations and bytes need at the rates measured here;
 - whole prefills, time and peak memory, with DynamicCache and with ShiftKVCache in turn, at the first budget; "asked" is
   the published selection with queries asked of the attention modules, as for models whose queries cannot be rebuilt.
+
+With `--cold-start` it measures the first call of `generate` in new processes, up to its second token, at the longest
+of `--lengths`, with `--prompts-of-different-length N` how soon N prompts have their first token, their lengths between
+the shortest and the longest of `--lengths`, and what they compile. starts.py says how.
 
 `--check RECORD` compares what was measured, or read, with what an earlier run wrote, records of joined.py included, and
 ends with status 1 if something became worse or nothing could be compared. Times of two hosts are several times apart,
@@ -44,7 +50,7 @@ from benchmarks.arguments import drop_repeats, need_packages
 from benchmarks.speed.checking import TOLERANCE, check
 from benchmarks.speed.figures import figures, what_it_is_of
 from benchmarks.speed.random_models import SHAPES
-from benchmarks.speed.rows import UNTIMED
+from benchmarks.speed.rows import UNTIMED, WARMING_UP
 from common import DTYPES, choose_device, errors_in_one_line, output_file, picture_file, positive_integer, script_parser
 
 CACHES = ("dynamic", "static", "shiftkv")
@@ -67,6 +73,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "dtype": "float32",
     },
     "selection": {"lengths": [2048, 8192, 32768], "batches": [1, 8], "budgets": [64, 256, 512], "repeats": 20},
+}
+STARTS: dict[str, dict[str, Any]] = {  # a new process for each cache and repeat
+    "cuda": {"lengths": [64, 8192], "budgets": [64], "repeats": 1},
+    "cpu": {"lengths": [16, 256], "budgets": [64], "repeats": 1},
 }
 
 
@@ -109,12 +119,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     selection = parser.add_argument_group("selection")
     selection.add_argument("--selection", action="store_true", help="measure the selection during prefill instead")
     selection.add_argument("--tiny", action="store_true", help="small shapes and lengths, to try it on a CPU")
+    _add_starts(parser.add_argument_group("starts"))
     arguments = parser.parse_args(argv)
+    arguments.starts = arguments.cold_start or arguments.prompts_of_different_length is not None
     if not arguments.read:
         (_check_selection if arguments.selection else _check_decoding)(parser, arguments)
         drop_repeats(arguments, "lengths", "batches", "budgets")
-    elif arguments.json or arguments.selection:
-        parser.error(f"--{'json' if arguments.json else 'selection'} goes without --read")
+    for name in ("json", "selection", "starts"):
+        if arguments.read and getattr(arguments, name):
+            parser.error(f"--{'cold-start' if name == 'starts' else name} goes without --read")
     if arguments.tolerance is not None and not arguments.check:
         parser.error("--tolerance goes with --check")
     return arguments
@@ -163,6 +176,26 @@ def _add_decoding(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_starts(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--cold-start", action="store_true", help="measure the first call in new processes instead")
+    group.add_argument(
+        "--prompts-of-different-length",
+        type=positive_integer,
+        metavar="N",
+        help=f"measure N prompts, more than {WARMING_UP}, in new processes instead",
+    )
+
+
+def _check_starts(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    count = arguments.prompts_of_different_length
+    if count is not None and count <= WARMING_UP:
+        parser.error(f"--prompts-of-different-length {count}: the first {WARMING_UP} are not counted")
+    for name in ("batches", "plot"):
+        if getattr(arguments, name) is not None:
+            parser.error(f"--{name} goes without --cold-start and --prompts-of-different-length")
+    _fill_in(arguments, STARTS["cuda" if arguments.device.type == "cuda" else "cpu"])
+
+
 def _fill_in(arguments: argparse.Namespace, defaults: dict[str, Any]) -> None:
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
@@ -170,6 +203,8 @@ def _fill_in(arguments: argparse.Namespace, defaults: dict[str, Any]) -> None:
 
 
 def _check_selection(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.starts:
+        parser.error("--selection goes without --cold-start and --prompts-of-different-length")
     for name in ("model", "random_weights", "caches", "new_tokens", "dtype", "attn", "device", "plot"):
         if getattr(arguments, name) is not None:
             parser.error(f"--{name.replace('_', '-')} goes without --selection")
@@ -189,6 +224,8 @@ def _check_decoding(parser: argparse.ArgumentParser, arguments: argparse.Namespa
     arguments.device = arguments.device or choose_device("auto")
     arguments.caches, arguments.attn = arguments.caches or list(CACHES), arguments.attn or "sdpa"
     arguments.may_drop_lengths = arguments.lengths is None
+    if arguments.starts:
+        _check_starts(parser, arguments)
     _fill_in(arguments, DEFAULTS["cuda" if arguments.device.type == "cuda" else "cpu"])
     if arguments.new_tokens <= UNTIMED:
         parser.error(f"--new-tokens {arguments.new_tokens}: the first {UNTIMED} of a run are not timed")
@@ -200,6 +237,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         from benchmarks.speed.selection_run import select
 
         return select(arguments)
+    if arguments.starts:
+        from benchmarks.speed.starts import measure as measure_starts
+
+        return measure_starts(arguments)
     from benchmarks.speed.decoding_run import decode
 
     return decode(arguments)
@@ -214,17 +255,19 @@ def show(records: Sequence[dict[str, Any]], plot: Path | None) -> None:
     kinds = {what_it_is_of(record) for record in records}
     if len(kinds) > 1:
         raise ValueError(f"--read: these cannot be shown together: records of {' and of '.join(sorted(kinds))}")
+    if plot and kinds != {"decoding"}:
+        raise ValueError("--plot: only records of decoding are drawn")
     if kinds == {"selection"}:
-        if plot:
-            raise ValueError("--plot: only records of decoding are drawn")
-        from benchmarks.speed.selection_run import show as show_selection
+        from benchmarks.speed.selection_run import show as show_one
+    elif kinds == {"starts"}:
+        from benchmarks.speed.starts import show as show_one
+    else:
+        from benchmarks.speed.decoding_report import show as show_decoding
 
-        for record in records:
-            show_selection(record)
+        show_decoding(records, plot)
         return
-    from benchmarks.speed.decoding_report import show as show_decoding
-
-    show_decoding(records, plot)
+    for record in records:
+        show_one(record)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
