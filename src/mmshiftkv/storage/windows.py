@@ -142,6 +142,11 @@ class WindowLayer(DynamicSlidingWindowLayer):
             self._lengths.advance(1)
         return keys, values
 
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """As in transformers, but for its copy of a number to the device, which would wait for the device."""
+        self._sliding_window_tensor = torch.full((), self.sliding_window, device=key_states.device)
+        super().lazy_initialization(key_states, value_states)
+
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> Pair:
         if self.is_initialized:
             self._match_rows(key_states)
