@@ -236,6 +236,11 @@ class PrefillSelectionCache(DynamicCache):
         self._prefill, self._prompt_ids = None, prompt_ids
 
     @property
+    def decoder(self) -> Decoder:
+        """That of the model which the cache was built for."""
+        return self._decoder
+
+    @property
     def is_compileable(self) -> bool:
         """Whether `generate` may compile decoding: `max_new_tokens` was given, and nothing is in the way."""
         is_recording = any(getattr(layer, "record_past", False) for layer in self.layers)
@@ -294,6 +299,7 @@ class PrefillSelectionCache(DynamicCache):
 
     def _leave_prefill(self) -> None:
         assert self._prefill is not None
+        self._prefill.join()
         self._finite, self._prefill = self._prefill.finite, None
         self._finite.end_prompt()
         self._warn_of_numbers()
@@ -352,6 +358,8 @@ class PrefillSelectionCache(DynamicCache):
     def reset(self) -> None:
         """Empties the cache for another prompt."""
         self._hooks.detach()
+        if self._prefill is not None:
+            self._prefill.join()
         self._own_storage.release()
         self._begin_conversation(self._decoder.fresh_layers())
 

@@ -28,7 +28,8 @@ class Rotary:
     """
 
     def __init__(self, module: nn.Module | None, layer_type: str | None) -> None:
-        takes_type = module is not None and _takes_layer_type(type(module))
+        kind: Any = type(module)
+        takes_type = module is not None and _takes_layer_type(kind)
         rope_types = getattr(module, "rope_type", None)
         has_none = takes_type and isinstance(rope_types, dict) and layer_type not in rope_types
         self.module = None if has_none else module
@@ -149,7 +150,7 @@ class Rotary:
 
 
 @functools.cache
-def _takes_layer_type(kind: type[nn.Module]) -> bool:
+def _takes_layer_type(kind: Any) -> bool:
     return "layer_type" in inspect.signature(kind.forward).parameters
 
 

@@ -75,6 +75,11 @@ class WindowLayer(DynamicSlidingWindowLayer):
         return self.allocated[0].shape[2]
 
     @property
+    def lengths(self) -> Lengths | None:
+        """Those of all layers with that window; None while the layer is open."""
+        return self._lengths
+
+    @property
     def filled(self) -> torch.Tensor:
         """Tokens held, 0-d int64: the slot that the next one is written to.  Of a fixed layer."""
         assert self._lengths is not None
