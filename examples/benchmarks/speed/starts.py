@@ -3,7 +3,8 @@
 A *cold start* is the time from the first call of `generate` in a process, with a new cache, to its second token: the
 prefill, which may compile kernels, and the decoding step, which is compiled.  The process is new, the model is loaded,
 and the folders in which Inductor and Triton keep what they have compiled are empty; Python's own files and the drivers'
-are as they were.  "again" is the same call once more, with another new cache.
+are as they were.  A step of decoding is recorded as a CUDA graph after the second token, which is not in that time.
+"again" is the third call after it, with another new cache; all is compiled and recorded then.
 
 *Prompts* of random lengths, the same at each run, show whether another length is compiled again: the time from the
 call to the first token, and what each prompt compiled up to its third.  StaticCache, whose size follows the prompt's,
@@ -41,7 +42,7 @@ class ColdStart:
         tokens, new_tokens: of the prompt, and what the cache has room for besides.
         first_token, second_token: from the call of `generate`.
         fastest, slowest: of the processes, to the second token.
-        again: to the second token of the next call.
+        again: to the second token of the third call after it.
         graphs, kernels: compiled up to the second token.
     """
 
