@@ -16,7 +16,10 @@ from benchmarks.speed.decoding import (
     shiftkv_kind,
     static_kind,
 )
+from benchmarks.speed.memory import out_of_memory
 from benchmarks.speed.random_models import random_model
+
+SMALL = {"lengths": [12], "new_tokens": 6, "repeats": 1}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def model():
 
 def measured(model, kinds, **settings):
     """All rows, by name and prompt length."""
-    settings = {"batches": [1], "lengths": [12], "new_tokens": 6, "repeats": 1} | settings
+    settings = {"batches": [1], **SMALL} | settings
     batches = list(decoding.measure(model, kinds, **settings))
     return {(row.cache, row.tokens): row for rows in batches for row in rows}
 
@@ -81,6 +84,40 @@ def test_what_does_not_fit_is_said_and_the_rest_is_measured(model, capsys):
     assert failed.milliseconds is failed.cache_bytes is failed.tokens_per_second is None
     assert all(row.milliseconds > 0 for row in rows.values() if not row.error)
     assert capsys.readouterr().err.count("large, 1 x 24: CUDA out of memory. Tried to allocate 40.00 GiB.\n") == 1
+
+
+def test_a_large_batch_that_runs_out_of_memory_while_it_is_compiled_does_not_end_the_run(model, capsys):
+    def too_large(graph, inputs):
+        if any(torch.is_tensor(one) and one.dtype == torch.long and one.shape[:1] == (7,) for one in inputs):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40.00 GiB.")
+        return graph
+
+    compiling = CompileConfig(backend=too_large, mode=None)
+    compiling._compile_all_devices = True
+    plain, failing = dynamic_kind(model), replace(static_kind(model), generate={"compile_config": compiling})
+    rows = [row for rows in decoding.measure(model, [plain, failing], **SMALL, batches=[2, 7]) for row in rows]
+    assert [(row.batch, row.cache, row.error) for row in rows] == [
+        (2, "DynamicCache", None),
+        (2, "StaticCache", None),
+        (7, "DynamicCache", None),
+        (7, "StaticCache", "out of memory"),
+    ]
+    assert capsys.readouterr().err.count("StaticCache, 7 x 12: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand more"), "CUDA out of memory. Tried"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), "CUDA error: out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "CUBLAS_STATUS_ALLOC_FAILED"),
+        (RuntimeError("a fault"), None),
+        (ValueError("not the words: out of memory"), None),
+    ],
+)
+def test_too_little_memory_is_told_from_other_errors(error, reason):
+    found = out_of_memory(error)
+    assert found is None if reason is None else reason in found and "\n" not in found
 
 
 def test_other_errors_are_not_hidden(model):

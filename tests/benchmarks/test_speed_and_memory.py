@@ -138,7 +138,7 @@ def test_lengths_need_positions(capsys):
         speed_and_memory.main([*SMALL, "--lengths", "20", "8187"])
     arguments = speed_and_memory.parse_arguments(["--device", "cpu", "--new-tokens", "7900"])
     model = decoding_run.load_model(arguments)
-    assert decoding_run.fitting_lengths(model, arguments) == [256]
+    assert decoding_run.fitting_lengths(model.config, arguments) == [256]
     assert "left out: with 7900 new tokens [512, 1024] are more than" in capsys.readouterr().err
 
 

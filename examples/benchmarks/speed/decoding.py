@@ -34,8 +34,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from benchmarks.speed.memory import allocated, free_unused, held_bytes, out_of_memory
 from benchmarks.speed.rows import UNTIMED, Row
-from mmshiftkv import CACHE_ARGUMENT, PrefillSelectionCache, ShiftKVCache, decode_ahead
+from mmshiftkv import CACHE_ARGUMENT, ShiftKVCache, decode_ahead
 
 
 @dataclass(frozen=True)
@@ -150,28 +151,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def allocated(device: torch.device) -> int:
-    """Bytes of the tensors on a GPU; 0 elsewhere."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def free_unused(device: torch.device) -> None:
-    """Gives memory that no tensor uses back to the GPU."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
 def compilations() -> tuple[int, int]:
     """Graphs that torch.compile has made so far, and how many of them run without CUDA graphs."""
     return counters["stats"]["unique_graphs"], counters["inductor"]["cudagraph_skips"]
-
-
-def held_bytes(cache: Cache) -> int:
-    """What a cache holds, in bytes, slots not yet filled included."""
-    if isinstance(cache, PrefillSelectionCache):
-        return cache.report().bytes_stored
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def random_prompt(model: Any, batch: int, tokens: int) -> torch.Tensor:
@@ -302,10 +284,11 @@ class Measurement:
         try:
             ids = random_prompt(self._model, self._batch, turn.tokens)
             return run_once(self._model, turn.kind, ids, self._new_tokens)
-        except torch.cuda.OutOfMemoryError as error:
-            tqdm.write(
-                f"{turn.kind.name}, {self._batch} x {turn.tokens}: {str(error).splitlines()[0]}", file=sys.stderr
-            )
+        except Exception as error:
+            reason = out_of_memory(error)
+            if reason is None:
+                raise
+            tqdm.write(f"{turn.kind.name}, {self._batch} x {turn.tokens}: {reason}", file=sys.stderr)
             return None
 
     def _start_anew(self) -> None:

@@ -11,9 +11,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from benchmarks import report
 from benchmarks.speed import decoding
-from benchmarks.speed.random_models import random_model
+from benchmarks.speed.random_models import SHAPES, random_model
 from benchmarks.speed.rows import UNTIMED
 from common import TINY_MODEL, errors_in_one_line
+
+
+def model_config(arguments: argparse.Namespace) -> Any:
+    """The configuration of the model to decode with, without the model."""
+    if arguments.random_weights:
+        return SHAPES[arguments.random_weights]()[1]
+    return AutoConfig.from_pretrained(arguments.model or str(TINY_MODEL))
 
 
 def load_model(arguments: argparse.Namespace) -> Any:
@@ -22,19 +29,19 @@ def load_model(arguments: argparse.Namespace) -> Any:
     if arguments.random_weights:
         dtype = getattr(torch, arguments.dtype)
         return random_model(arguments.random_weights, device, dtype, attention=arguments.attn)
-    sees_images = type(AutoConfig.from_pretrained(name)) in AutoModelForImageTextToText._model_mapping
+    sees_images = type(model_config(arguments)) in AutoModelForImageTextToText._model_mapping
     auto = AutoModelForImageTextToText if sees_images else AutoModelForCausalLM
     model = auto.from_pretrained(name, dtype=arguments.dtype, attn_implementation=arguments.attn)
     return model.to(device).eval()
 
 
-def fitting_lengths(model: Any, arguments: argparse.Namespace) -> list[int]:
+def fitting_lengths(config: Any, arguments: argparse.Namespace) -> list[int]:
     """The lengths, less those of the defaults that the model has no positions for.
 
     Raises:
         ValueError: there are none left, or one that was asked for is too long.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is None:
         return arguments.lengths
     fitting = [tokens for tokens in arguments.lengths if tokens + arguments.new_tokens <= positions]
@@ -67,13 +74,19 @@ def cache_kinds(model: Any, arguments: argparse.Namespace) -> list[decoding.Cach
     return kinds
 
 
+def model_name(arguments: argparse.Namespace) -> str:
+    """What the model is called, for the file of `--json`: of a local folder only its own name."""
+    if arguments.random_weights:
+        return f"{arguments.random_weights}, random weights"
+    folder = Path(arguments.model or TINY_MODEL)
+    return folder.resolve().name if folder.is_dir() else arguments.model
+
+
 def decoding_settings(model: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """What the rows were measured with, for the file of `--json`."""
-    folder = Path(arguments.model or TINY_MODEL)
-    checkpoint = folder.resolve().name if folder.is_dir() else arguments.model
     names = ("lengths", "batches", "budgets", "caches", "new_tokens", "repeats")
     return {
-        "model": f"{arguments.random_weights}, random weights" if arguments.random_weights else checkpoint,
+        "model": model_name(arguments),
         "model_bytes": sum(part.nbytes for part in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": arguments.attn,
@@ -86,7 +99,7 @@ def decode(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures decoding; the record of it, which is also written to the file of `--json`."""
     with errors_in_one_line():  # a checkpoint, lengths or a model that will not do
         model = load_model(arguments)
-        arguments.lengths = fitting_lengths(model, arguments)
+        arguments.lengths = fitting_lengths(model.config, arguments)
         kinds = cache_kinds(model, arguments)
     record: dict[str, Any] = {
         "settings": decoding_settings(model, arguments),

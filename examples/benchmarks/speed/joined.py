@@ -90,7 +90,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     with errors_in_one_line():
         model = load_model(arguments)
-        fitting_lengths(model, arguments)
+        fitting_lengths(model.config, arguments)
     record: dict[str, Any] = {
         "settings": decoding_settings(model, arguments),
         "environment": report.environment(model.device),

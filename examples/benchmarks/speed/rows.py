@@ -5,6 +5,8 @@ from typing import Any
 
 # The first tokens of each call: the prefill gives one, the next compiles, the next two record and check CUDA graphs.
 UNTIMED = 4
+# The first prompts of a new process, whose times and compilations are not counted.
+WARMING_UP = 3
 
 
 @dataclass(frozen=True)

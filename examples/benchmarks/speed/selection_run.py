@@ -45,25 +45,31 @@ def measure_prefill(arguments: argparse.Namespace, device: torch.device) -> list
     )
 
 
-def select(arguments: argparse.Namespace) -> None:
-    """Measures the selection and prefills; prints the tables and writes what was asked for."""
-    device = arguments.device
-    rates, rows = measure_selection(arguments, device)
-    prefills = measure_prefill(arguments, device)
-    print(f"measured: matrix products {rates[0] / 1e12:.1f} TFLOP/s, copies {rates[1] / 1e9:.0f} GB/s")
+def select(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures the selection and prefills; the record of it, which is also written to the file of `--json`."""
+    rates, rows = measure_selection(arguments, arguments.device)
+    prefills = measure_prefill(arguments, arguments.device)
+    names = ("selection", "lengths", "batches", "budgets", "repeats", "tiny")
+    record = {
+        "settings": {name: getattr(arguments, name) for name in names},
+        "environment": report.environment(arguments.device),
+        "rates": {"products_per_second": rates[0], "bytes_per_second": rates[1]},
+        "selection": [asdict(row) for row in rows],
+        "prefill": [asdict(row) for row in prefills],
+    }
+    if arguments.json:
+        report.write_record(arguments.json, record)
+    return record
+
+
+def show(record: dict[str, Any]) -> None:
+    """Prints the tables of a record."""
+    rates, rows = record["rates"], [selection.Row(**row) for row in record["selection"]]
+    products, copies = rates["products_per_second"] / 1e12, rates["bytes_per_second"] / 1e9
+    print(f"measured: matrix products {products:.1f} TFLOP/s, copies {copies:.0f} GB/s")
     print("\nselection, milliseconds per layer (steps: from graph replay)")
     print(selection.table(rows))
     print("\nits steps, milliseconds per layer")
     print(selection.steps_table(rows))
     print("\nprefill to the first token, cache building included")
-    print(prefill.table(prefills))
-    if arguments.json:
-        names = ("selection", "lengths", "batches", "budgets", "repeats", "tiny")
-        record = {
-            "settings": {name: getattr(arguments, name) for name in names},
-            "environment": report.environment(device),
-            "rates": {"products_per_second": rates[0], "bytes_per_second": rates[1]},
-            "selection": [asdict(row) for row in rows],
-            "prefill": [asdict(row) for row in prefills],
-        }
-        report.write_record(arguments.json, record)
+    print(prefill.table([prefill.Prefill(**row) for row in record["prefill"]]))
