@@ -1,6 +1,10 @@
 """On a GPU: fixed storage, `decode_ahead` and CUDA graphs in the model's thread, streamed or not."""
 
+import copy
+
 import pytest
+import torch
+from accelerate import cpu_offload, dispatch_model
 
 import models
 from mmshiftkv import Conversation, Document
@@ -34,3 +38,32 @@ def test_documents_joined_and_alone(case):
     expected = [page.ask("Read line 1.") for page in plain]
     assert Document.ask_each(pages, "Read line 1.") == expected
     assert [page.ask("Read line 1.") for page in pages] == expected
+
+
+TURNS = (("What is the Total?", PAGES[:1]), ("And the date?", []), ("What changed?", PAGES[2:]))
+
+
+def assert_answers_as(case, other):
+    """Turns and a document's answers of one model are those of the other."""
+    settings = {"budget": 24, "max_new_tokens": 12}
+    chats = [Conversation(one.model, one.processor, **settings) for one in (case, other)]
+    for question, images in TURNS:
+        expected, found = (chat.ask(question, images=images) for chat in chats)
+        assert found == expected
+    pages = [Document(one.model, one.processor, PAGES[0], **settings) for one in (case, other)]
+    expected, found = (page.ask([question for question, _ in TURNS]) for page in pages)
+    assert found == expected
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_over_two_devices(case):
+    blocks = len(case.model.model.language_model.layers)
+    devices = models.device_map(case.model, lambda index: int(index >= blocks // 2), 0)
+    split = dispatch_model(copy.deepcopy(case.model), device_map=devices)
+    assert_answers_as(case, models.VisionCase(split, case.processor))
+
+
+def test_weights_in_main_memory(case):
+    away = cpu_offload(copy.deepcopy(case.model).cpu(), execution_device=0)
+    assert away.device.type == "meta"
+    assert_answers_as(case, models.VisionCase(away, case.processor))
