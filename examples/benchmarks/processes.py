@@ -1,6 +1,7 @@
 """A benchmark in several processes, each with its share of the work; accelerate says which this one is."""
 
 import contextlib
+import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     import torch
 
 Part = TypeVar("Part")
+# As long as a process may wait for the others: torch's own limit, ten minutes, is no more than some answers take.
+_PATIENCE = datetime.timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def launched(device: "torch.device") -> Iterator[Processes]:
     from accelerate import PartialState
     from transformers.utils import logging
 
-    state = PartialState(cpu=device.type == "cpu")
+    state = PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
     processes = Processes(state.process_index, state.num_processes)
     if not processes.is_main:
         logging.disable_progress_bar()
