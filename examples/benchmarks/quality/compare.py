@@ -20,6 +20,10 @@ it reads such pages, and no other documents. With `--model` the small LLaVA-NeXT
 
 There "qwen-settings" and "value-aware-qwen" are ShiftKV and its preset with the settings published for Qwen2.5-VL, in
 place of those of the model's own family; `--methods all` leaves them out.
+
+Several processes, a GPU for each, take whole batches in turn; the tables and the file are those of one:
+
+    accelerate launch --num_processes 2 examples/benchmarks/quality/compare.py --count 100 --json compare.json
 """
 
 import argparse
