@@ -12,6 +12,7 @@ from tiny_llava import document_image
 
 pytestmark = [pytest.mark.gpu, models.requires_gpu]
 PAGES = [document_image(224, 168), document_image(140, 280), document_image(112, 112)]
+TURNS = (("What is the Total?", PAGES[:1]), ("And the date?", []), ("What changed?", PAGES[2:]))
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def test_turns_streamed_and_not_are_those_of_growing_storage(case):
     plain = Conversation(case.model, case.processor, budget=24, max_new_tokens=12, decode_ahead=False)
     whole, streamed = (Conversation(case.model, case.processor, budget=24, max_new_tokens=12) for _ in range(2))
     assert whole.cache.is_compileable
-    for question, images in (("What is the Total?", PAGES[:1]), ("And the date?", []), ("What changed?", PAGES[2:])):
+    for question, images in TURNS:
         expected = plain.ask(question, images=images)
         assert whole.ask(question, images=images) == expected
         assert "".join(streamed.ask(question, images=images, stream=True)).strip() == expected
@@ -38,9 +39,6 @@ def test_documents_joined_and_alone(case):
     expected = [page.ask("Read line 1.") for page in plain]
     assert Document.ask_each(pages, "Read line 1.") == expected
     assert [page.ask("Read line 1.") for page in pages] == expected
-
-
-TURNS = (("What is the Total?", PAGES[:1]), ("And the date?", []), ("What changed?", PAGES[2:]))
 
 
 def assert_answers_as(case, other):
