@@ -111,7 +111,17 @@ def command(run: Run, arguments: argparse.Namespace) -> list[str]:
     words += ["--batch_size", str(arguments.batch_size), "--log_samples", "--output_path", str(folder(run, arguments))]
     words += ["--include_path", str(arguments.include_path)] if arguments.include_path else []
     words += ["--limit", str(arguments.limit)] if arguments.limit else []
+    # Otherwise lmms-eval ends a process that failed with status 0, and the others wait for it.
+    words += ["--verbosity", "DEBUG"] if arguments.processes > 1 else []
     return words
+
+
+def check_gpus(processes: int) -> None:
+    """Raises ValueError for more processes than GPUs: accelerate would start fewer, or they would have none."""
+    import torch
+
+    if 1 < processes > torch.cuda.device_count():
+        raise ValueError(f"--processes {processes}: each needs a GPU, and there are {torch.cuda.device_count()}")
 
 
 def folder(run: Run, arguments: argparse.Namespace) -> Path:
@@ -165,6 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             needs_package("lmms_eval", "eval")
             needs_package("decord", "eval")
             needs_checkpoint(arguments.model)
+            check_gpus(arguments.processes)
     scores: dict[Run, dict[str, float]] = {}
     for run in runs(arguments):
         print(shlex.join(command(run, arguments)), flush=True)

@@ -1,7 +1,8 @@
 """Tiny models with random weights, of the real classes, for tests that need no meaning."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -228,6 +229,16 @@ def llava_next(folder: Path, family: str = "vicuna", attention: str = "sdpa") ->
         save_tiny_llava(folder, family)
     model = LlavaNextForConditionalGeneration.from_pretrained(folder, attn_implementation=attention)
     return VisionCase(model.eval(), AutoProcessor.from_pretrained(folder))
+
+
+def device_map(model: PreTrainedModel, of_block: Callable[[int], Any], others: Any) -> dict[str, Any]:
+    """Where the parts of a vision model go: each decoder block by its number, all else to one place."""
+    text = model.model.language_model
+    found = {f"model.language_model.layers.{index}": of_block(index) for index in range(len(text.layers))}
+    for name, module in (("", model), ("model.", model.model), ("model.language_model.", text)):
+        parts = [*module.named_children(), *module.named_parameters(recurse=False)]
+        found |= {f"{name}{part}": others for part, _ in parts if part not in ("model", "language_model", "layers")}
+    return found
 
 
 def hooks_on(model: torch.nn.Module) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 from transformers import DynamicCache
 
@@ -139,6 +140,14 @@ def test_links_lead_somewhere(name):
             assert anchor in map(slug, headings), target
 
 
+def launched(words):
+    """What a command starts: accelerate knows its own options."""
+    if words[:2] != ["accelerate", "launch"]:
+        return words
+    given = launch_command_parser().parse_args(words[2:])
+    return ["python", *(["-m"] if given.module else []), given.training_script, *given.training_script_args]
+
+
 def commands():
     for name in DOCUMENTS:
         for block in BLOCKS[name]:
@@ -152,6 +161,7 @@ def commands():
 @pytest.mark.parametrize(("name", "command"), list(commands()))
 def test_commands_are_there(name, command, capsys, monkeypatch):
     words = [word.removeprefix(".venv/bin/") for word in shlex.split(command, comments=True)]
+    words = launched(words)
     extras = [extra for word in words for extra in re.findall(r"\[([\w,]+)\]", word)]
     for extra in ",".join(extras).split(",") if extras else []:
         assert extra in PROJECT["optional-dependencies"]

@@ -186,17 +186,8 @@ def test_a_model_over_two_devices(gpu_case, family):
     expected = ShiftKVCache(case.model, budget=16)
     wanted = generate(case.model, inputs, expected)
     layers = len(expected.layers)
-    devices = {f"model.language_model.layers.{index}": int(index >= layers // 2) for index in range(layers)}
-    others = {name: 0 for name, _ in case.model.named_children() if name != "model"}
-    others |= {f"model.{name}": 0 for name, _ in case.model.model.named_children() if name != "language_model"}
-    others |= {
-        f"model.language_model.{name}": int(name == "norm")
-        for name, _ in case.model.model.language_model.named_children()
-        if name != "layers"
-    }
-    if hasattr(case.model.model, "image_newline"):
-        others["model.image_newline"] = 0
-    split = dispatch_model(copy.deepcopy(case.model), device_map={**devices, **others})
+    devices = models.device_map(case.model, lambda index: int(index >= layers // 2), 0)
+    split = dispatch_model(copy.deepcopy(case.model), device_map=devices)
     with pytest.warns(UserWarning, match="the weights are offloaded, or on several devices"):
         reserving = ShiftKVCache(split, budget=16, max_new_tokens=40)
     assert not reserving.is_compileable

@@ -18,6 +18,7 @@ from .model.decoder import Decoder, text_decoder
 from .model.fingerprint import check_fingerprint, fingerprint_of
 from .model.generation import check_turn, generate_call, is_compiling_prefill
 from .model.hooks import PrefillHooks
+from .model.offload import device_of
 from .model.precision import without_autocast
 from .prefill import Prefill, PromptSettings
 from .report import CacheReport, report_of
@@ -231,7 +232,7 @@ class PrefillSelectionCache(DynamicCache):
     @torch.no_grad()
     def _go_on_with(self, held: dict[int, HeldLayer], prompt_ids: torch.Tensor | None) -> None:
         for index, layer in held.items():
-            device = next(self._decoder.attention[index].module.parameters()).device
+            device = device_of(self._decoder.attention[index].module)
             self.layers[index] = self._storage.restore(index, layer.to(device))
         self._prefill, self._prompt_ids = None, prompt_ids
 

@@ -48,6 +48,12 @@ def test_several_processes_are_started_by_accelerate(capsys):
     (words,) = commands(capsys, "llava", "--methods", "snapkv", "--budgets", "0.1", "0.1", "--processes", "8")
     assert words[1:6] == ["-m", "accelerate.commands.launch", "--num_processes=8", "-m", "lmms_eval"]
     assert option(words, "--model_args").endswith(",method=snapkv,budget=0.1")
+    assert option(words, "--verbosity") == "DEBUG"  # so that one that fails ends all
+
+
+def test_more_processes_than_gpus_are_refused():
+    with pytest.raises(ValueError, match="--processes 99: each needs a GPU, and there are "):
+        evaluate_lmms.check_gpus(99)
 
 
 @needs_lmms_eval

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -118,6 +119,26 @@ def test_a_crash_is_no_empty_answer(evaluated):
     arguments = f"pretrained={TINY_LLAVA},device=cpu,budget=40,prefill=chunked,prompt_length=9"
     with pytest.raises(RuntimeError, match="generate failed: prompt_length=9, but the prompt has at least"):
         evaluated("llava_hf_shiftkv", arguments)
+
+
+@needs_lmms_eval
+def test_two_processes_answer_as_one(evaluated, task_folder, tmp_path):
+    """On a CPU, of which accelerate must be told, and on which lmms-eval's Qwen2.5-VL has one process only."""
+    arguments = f"pretrained={TINY_LLAVA},device=cpu,budget=300"
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    launch += " --mixed_precision no --dynamo_backend no"
+    program = f"-m lmms_eval --model llava_hf_shiftkv --model_args {arguments} --tasks {NAME} --verbosity DEBUG"
+    program += f" --include_path {task_folder} --log_samples --output_path {tmp_path}"
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, *f"{launch} {program}".split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    (results,), (samples,) = (list(tmp_path.rglob(name)) for name in ("*_results.json", "*_samples_*.jsonl"))
+    exact_match = json.loads(results.read_text(encoding="utf-8"))["results"][NAME]["exact_match,none"]
+    answers = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+    answers.sort(key=lambda one: one["doc_id"])  # lmms-eval writes those of one process behind those of the other
+    assert (exact_match, [one["filtered_resps"] for one in answers]) == evaluated("llava_hf_shiftkv", arguments)
 
 
 @needs_lmms_eval

@@ -20,6 +20,10 @@ it reads such pages, and no other documents. With `--model` the small LLaVA-NeXT
 
 There "qwen-settings" and "value-aware-qwen" are ShiftKV and its preset with the settings published for Qwen2.5-VL, in
 place of those of the model's own family; `--methods all` leaves them out.
+
+Several processes, a GPU for each, take whole batches in turn; the tables and the file are those of one:
+
+    accelerate launch --num_processes 2 examples/benchmarks/quality/compare.py --count 100 --json compare.json
 """
 
 import argparse
@@ -33,6 +37,7 @@ if not __package__:  # run as a script: its own folder is on the path, the folde
 
 from benchmarks import report
 from benchmarks.arguments import drop_repeats, need_packages
+from benchmarks.processes import Processes, launched
 from common import choose_device, errors_in_one_line, fail, picture_file, script_parser
 
 if TYPE_CHECKING:
@@ -90,15 +95,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def run(arguments: argparse.Namespace) -> "list[Result]":
-    """Measures, and writes the file of `--json`."""
+def run(arguments: argparse.Namespace, processes: Processes) -> "list[Result]":
+    """Measures, together with the other processes; the main one writes the file of `--json`."""
     from benchmarks.quality.comparison import Setup, record
     from benchmarks.quality.comparison_measurement import measure
     from tiny_vlm.answering import load
     from tiny_vlm.question_sets import check_tasks
 
     with errors_in_one_line():
-        model, processor = load(arguments.model, arguments.device or choose_device("auto"), arguments.dtype)
+        model, processor = load(arguments.model, arguments.device, arguments.dtype)
         check_tasks(model, arguments.tasks)
     setups = [Setup()] + [Setup(method, budget) for budget in arguments.budgets for method in arguments.methods]
     for setup in setups:
@@ -106,23 +111,37 @@ def run(arguments: argparse.Namespace) -> "list[Result]":
             setup.make_cache(model)
         except (TypeError, ValueError) as error:  # a budget that the method cannot keep, a model that it does not know
             fail(f"{setup.method}: {error}")
-    results = measure(model, processor, setups, arguments)
-    if arguments.json:
+    results = measure(model, processor, setups, arguments, processes)
+    if arguments.json and processes.is_main:
         report.write_record(arguments.json, record(results, model, arguments))
     return results
+
+
+def show(results: "list[Result]", plot: Path | None) -> None:
+    """Prints the tables, and draws the picture if it is asked for."""
+    from benchmarks.quality.comparison import recall_table, table
+    from benchmarks.quality.comparison_picture import draw_plot
+
+    print(table(results), recall_table(results), sep="\n\n")
+    if plot:
+        draw_plot(results).savefig(plot, dpi=150)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; without `argv`, that of the program."""
     arguments = parse_arguments(argv)
-    from benchmarks.quality.comparison import joined, recall_table, table
-    from benchmarks.quality.comparison_picture import draw_plot
+    from benchmarks.quality.comparison import joined
 
-    with errors_in_one_line():
-        results = joined(arguments.read) if arguments.read else run(arguments)
-    print(table(results), recall_table(results), sep="\n\n")
-    if arguments.plot:
-        draw_plot(results).savefig(arguments.plot, dpi=150)
+    if arguments.read:
+        with errors_in_one_line():
+            results = joined(arguments.read)
+        show(results, arguments.plot)
+        return
+    arguments.device = arguments.device or choose_device("auto")
+    with errors_in_one_line(), launched(arguments.device) as processes:
+        results = run(arguments, processes)
+        if processes.is_main:
+            show(results, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -69,13 +69,17 @@ def example_batches(model: Any, task: str, arguments: argparse.Namespace) -> Ite
     return batches(held_out_of_task(task, arguments.count, arguments.seed, fonts), arguments.batch_size)
 
 
+def inputs_of(model: Any, processor: Any, batch: Sequence[Example]) -> Any:
+    """The inputs of a batch of questions, on the model's device."""
+    from tiny_vlm.answering import build_inputs
+
+    images, questions = [example.image for example in batch], [example.question for example in batch]
+    return build_inputs(processor, images, questions).to(model.device, model.dtype)
+
+
 def question_batches(
     model: Any, processor: Any, task: str, arguments: argparse.Namespace
 ) -> Iterator[tuple[Any, list[str]]]:
     """Of each batch of a task's questions the inputs, on the model's device, and the right answers."""
-    from tiny_vlm.answering import build_inputs
-
     for batch in example_batches(model, task, arguments):
-        images, questions = [example.image for example in batch], [example.question for example in batch]
-        inputs = build_inputs(processor, images, questions).to(model.device, model.dtype)
-        yield inputs, [example.answer for example in batch]
+        yield inputs_of(model, processor, batch), [example.answer for example in batch]

@@ -110,7 +110,7 @@ class LlavaHfShiftKV(CompressedCacheModel, LlavaHf):
 
     def __init__(self, **arguments: Any) -> None:
         device = arguments.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
-        if PartialState().num_processes == 1:
+        if PartialState().num_processes == 1 or torch.device(device).type != "cuda":
             # Its default, "", is refused by transformers 5.  With several processes, "" means a GPU for each of them.
             arguments.setdefault("device_map", device)
         super().__init__(**arguments)

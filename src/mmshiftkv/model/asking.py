@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .arguments import CACHE_ARGUMENTS
+from .offload import with_weights
 from .positions import Positions
 
 _LOOKUP = "ALL_ATTENTION_FUNCTIONS"
@@ -207,21 +208,6 @@ def eager_function(module: nn.Module) -> Callable[..., Any] | None:
     """The attention function in plain torch of the module's own file, if it has one."""
     function = _forward_function(module)
     return None if function is None else function.__globals__.get(_EAGER)
-
-
-@contextlib.contextmanager
-def with_weights(module: nn.Module) -> Iterator[None]:
-    """Brings in the module's own weights for a while if accelerate keeps them elsewhere; its parts do so themselves."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    is_away = any(parameter.device.type == "meta" for parameter in module.parameters(recurse=False))
-    if hook is None or not is_away:
-        yield
-        return
-    hook.pre_forward(module)
-    try:
-        yield
-    finally:
-        hook.post_forward(module, None)
 
 
 def own_module(module: nn.Module) -> nn.Module:

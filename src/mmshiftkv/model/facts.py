@@ -17,8 +17,8 @@ from .asking import (
     keys_given,
     takes_query_by_function,
     unknown_arguments,
-    with_weights,
 )
+from .offload import device_of, with_weights
 from .positions import Factors, Positions
 from .precision import PLAIN_DTYPES, without_autocast
 from .rebuilding import Rebuilder
@@ -80,7 +80,7 @@ def look_at(module: nn.Module, rotary: Rotary, hidden_size: int, last_position: 
         if any("cross" in name for name in unknown):
             raise ValueError(f"it attends to other states than those of the tokens ({names})")
         raise ValueError(f"its attention takes {names}, which is not understood")
-    device = _device_of(module)
+    device = device_of(module)
     if device.type == "meta":
         raise ValueError("it has no weights yet (they are on the meta device); build the cache when they are loaded")
     made_up = _MadeUp.of(module, rotary, hidden_size, last_position, device)
@@ -272,15 +272,6 @@ def _of_keys(module: nn.Module, rotary: Rotary, made_up: _MadeUp) -> Facts:
     if queries.shape[1] % expected.shape[1]:
         raise ValueError(f"q_proj gives {queries.shape[1]} heads, for {expected.shape[1]} KV heads")
     return Facts(True, _pairs_halves(rotary, unrotated, rebuilt, made_up.positions.factors), None, scaling)
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    """Where the module's weights are when it runs."""
-    for part in module.modules():
-        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return next(module.parameters()).device
 
 
 def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:

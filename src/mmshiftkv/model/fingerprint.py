@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .decoder import Decoder
+from .offload import stored_weight
 
 _SAMPLES = 64  # of each parameter
 _NAMES = ("model_type", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters")
@@ -17,7 +18,7 @@ def fingerprint_of(decoder: Decoder) -> dict[str, Any]:
     """The settings of a model that its keys and values depend on, and a digest of some weights, ready for JSON.
 
     The digest takes a few numbers of each parameter in the first, the middle and the last block: enough to tell two
-    checkpoints apart, and cheap.  Weights that are offloaded are left out.
+    checkpoints apart, and cheap.  Offloaded weights are read from where accelerate keeps them.
     """
     blocks, config = decoder.blocks, decoder.text_config
     sampled = [blocks[place] for place in sorted({0, len(blocks) // 2, len(blocks) - 1})]
@@ -43,8 +44,9 @@ def check_fingerprint(saved: dict[str, Any], decoder: Decoder, path: Any) -> Non
 def _digest(blocks: list[nn.Module]) -> str:
     samples = []
     for block in blocks:
-        for parameter in block.parameters():
-            if parameter.device.type != "meta":
-                flat = parameter.detach().reshape(-1)
+        for name, _ in block.named_parameters():
+            weight = stored_weight(block, name)
+            if weight.device.type != "meta":
+                flat = weight.reshape(-1)
                 samples.append(flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].float().cpu())
     return hashlib.sha256(torch.cat(samples).numpy().tobytes() if samples else b"").hexdigest()

@@ -9,8 +9,9 @@ from torch import nn
 
 from shiftkv_kernels import rotate_queries
 
-from .asking import StoredTokens, ask, parameters_of, with_weights
+from .asking import StoredTokens, ask, parameters_of
 from .facts import Facts, look_at
+from .offload import with_weights
 from .positions import Factors, Positions, map_factors
 from .precision import PLAIN_DTYPES
 from .rebuilding import Rebuilder

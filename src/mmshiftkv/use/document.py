@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..cache import PrefillSelectionCache
 from ..joining import join
 from ..model.arguments import CACHE_ARGUMENT
+from ..model.offload import device_of
 from ..registry import CACHES
 from ..report import CacheReport
 from ..saving import SavedCache, read, write
@@ -222,9 +223,10 @@ class Document:
         document._behind = saved.notes["behind"]
         names = ("max_new_tokens", "stop", "max_length", "options")
         document._answering = Answering.checked(model, **{name: saved.notes[name] for name in names})
-        ids = saved.tensors["ids"].to(model.device)
+        device = device_of(model)
+        ids = saved.tensors["ids"].to(device)
         offsets = tuple(
-            saved.tensors[name].to(model.device) if name in saved.tensors else None
+            saved.tensors[name].to(device) if name in saved.tensors else None
             for name in (f"offsets.{place}" for place in range(len(offsets_of(model))))
         )
         document._held = Transcript(model, cache, ids, torch.ones_like(ids), offsets)

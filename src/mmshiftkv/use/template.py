@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..model.offload import device_of
+
 # Stands for a text that is not there yet.  No template changes it, and nobody writes it.
 PLACEHOLDER = "mmshiftkv0placeholder0mmshiftkv"
 Message = dict[str, Any]
@@ -150,7 +152,7 @@ class ChatTemplate:
         rest = {name: part for name, part in made.items() if name not in types}
         if media and not rest:
             raise ValueError(f"{', '.join(media)}: the chat template left them out")
-        move = self._model.device, self._model.dtype
+        move = device_of(self._model), self._model.dtype
         return NewTokens(
             ids[:, first:].to(move[0]),
             mask[:, first:].to(move[0]),
