@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .arguments import CACHE_ARGUMENTS
+from .parallel import with_local_parameters
 from .positions import Positions
 
 _LOOKUP = "ALL_ATTENTION_FUNCTIONS"
@@ -205,11 +206,15 @@ def eager_function(module: nn.Module) -> Callable[..., Any] | None:
 
 @contextlib.contextmanager
 def with_weights(module: nn.Module) -> Iterator[None]:
-    """Brings in the module's own weights for a while if accelerate keeps them elsewhere; its parts do so themselves."""
+    """Brings in the module's own weights for a while if accelerate keeps them elsewhere, or several processes share it.
+
+    Its parts do so themselves.
+    """
     hook: Any = getattr(module, "_hf_hook", None)
     is_away = any(parameter.device.type == "meta" for parameter in module.parameters(recurse=False))
     if hook is None or not is_away:
-        yield
+        with with_local_parameters(own_module(module)):
+            yield
         return
     hook.pre_forward(module)
     try:
@@ -226,8 +231,10 @@ def own_module(module: nn.Module) -> nn.Module:
 def _forward_function(module: nn.Module) -> types.FunctionType | None:
     """The function that computes the module's forward pass, without what wraps it."""
     module = own_module(module)
-    # accelerate puts a forward on the module that moves its weights, which a running pass has done already.
-    is_replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    # accelerate puts a forward on the module that moves its weights, which a running pass has done already; tensor
+    # parallelism one that brings in its own part of them, as `with_weights` does.
+    is_wrapped = hasattr(module, "_hf_hook") or hasattr(module, "_is_hooked")
+    is_replaced = "forward" in vars(module) and not is_wrapped
     forward: Any = vars(module)["forward"] if is_replaced else type(module).forward
     function = inspect.unwrap(getattr(forward, "__func__", forward))
     return function if isinstance(function, types.FunctionType) else None

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from .asking import CACHES, parameters_of, takes_query_by_function
+from .parallel import obstacle_of_heads, rank_of
 from .queries import AttentionLayer
 from .rotary import Rotary, rotary_of
 
@@ -19,6 +20,7 @@ class Decoder:
     Attributes:
         blocks: decoder blocks, in order.
         attention: AttentionLayer by layer index, for the layers asked for.
+        rank: which of the processes that share the model this is; None: there is but one.
 
     Raises:
         ValueError: the model is an encoder-decoder, or lacks something the method needs; the message names it.
@@ -31,15 +33,22 @@ class Decoder:
         config = model.config.get_text_config(decoder=True)
         layer_types = getattr(config, "layer_types", None)
         last_position = (getattr(config, "max_position_embeddings", None) or 1) - 1
+        self.rank = rank_of(model)
         self.attention: dict[int, AttentionLayer] = {}
-        for index in layer_indices:
-            self.attention[index] = AttentionLayer(
-                _attention_module(self.blocks[index], index),
-                index,
-                Rotary(rotary_of(text_model, config, index), layer_types[index] if layer_types else None),
-                config.hidden_size,
-                last_position,
-            )
+        try:
+            for index in layer_indices:
+                self.attention[index] = AttentionLayer(
+                    _attention_module(self.blocks[index], index),
+                    index,
+                    Rotary(rotary_of(text_model, config, index), layer_types[index] if layer_types else None),
+                    config.hidden_size,
+                    last_position,
+                )
+        except ValueError as error:
+            # Heads that were cut in pieces fail in many ways, none of which says so.
+            if obstacle := obstacle_of_heads(config, self.rank):
+                raise ValueError(f"model: {type(model).__name__} is not supported: {obstacle}") from error
+            raise
         self._text_config = config
         self._config = model.config
 

@@ -1,0 +1,147 @@
+"""Two processes that share a model, on a CPU: they give one process's tokens, and keep those that it keeps."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+from parallel.cases import CASES
+from tiny_llava import save_tiny_llava
+
+WORKER = Path(__file__).with_name("worker.py")
+RANKS = 2
+SECONDS = 240  # they need about 40; a hang is a failure
+_LATENTS = {
+    "head_dim": 8,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 3,
+}
+# What comes of these cases on each rank, and its message, are looked at by tests of their own.
+OWN = [("heads", "report"), ("heads", "saved"), ("qwen", "closed stream"), ("too few heads", "refused")]
+OWN += [key for key in CASES if key[0] == "latents"]
+
+
+def write_models(folder):
+    made = {
+        "heads": models.text_model("llama", num_key_value_heads=4),
+        "one head each": models.text_model("llama", num_key_value_heads=2),
+        "too few heads": models.text_model("llama", num_key_value_heads=1),
+        "sinks": models.sinks_or_capping_model("granite_swa"),
+        "heads everywhere": models.sinks_or_capping_model("gpt_oss"),
+        "asked": models.text_model("phi3"),
+        "latents": models.text_model("deepseek_v2", **_LATENTS),
+    }
+    for name, model in made.items():
+        model.save_pretrained(folder / name)
+    save_tiny_llava(folder / "llava")
+    (folder / "qwen").symlink_to(models.EMBEDDED_MODEL)
+
+
+def launch(*arguments):
+    """The finished torchrun, and the seconds that it took."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    begin = time.monotonic()
+    done = subprocess.run(
+        [*command, str(WORKER), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=SECONDS,
+    )
+    return done, time.monotonic() - begin
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def record(folder):
+    """By model and case, what one process gave and what each rank did."""
+    done, _ = launch(folder)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    return {(one["model"], one["case"]): one for one in found}
+
+
+def together(ranks):
+    """What all ranks keep: the heads of one behind those of the other."""
+    return [torch.cat([torch.tensor(kept) for kept in layer], dim=1).tolist() for layer in zip(*ranks, strict=True)]
+
+
+@pytest.mark.parametrize(("model", "case"), [key for key in CASES if key not in OWN])
+def test_the_ranks_give_what_one_process_gives(record, model, case):
+    alone, ranks = record[model, case]["alone"], record[model, case]["ranks"]
+    kept = alone.pop("kept", None)
+    of_ranks = [rank.pop("kept", None) for rank in ranks]
+    assert alone
+    assert ranks == [alone] * RANKS
+    if kept is None:
+        return
+    assert kept
+    # Such projections are gathered before their heads are told apart: each rank has all.
+    everywhere = model in ("heads everywhere", "asked")
+    assert all(mine == kept for mine in of_ranks) if everywhere else together(of_ranks) == kept
+
+
+def test_what_a_rank_reports_is_its_own(record):
+    alone, ranks = record["heads", "report"]["alone"], record["heads", "report"]["ranks"]
+    assert "tensor parallel" not in alone["report"]
+    for index, rank in enumerate(ranks):
+        assert rank["report"].endswith(f"tensor parallel: bytes are those of rank {index} of {RANKS} alone")
+        assert rank["bytes"] * RANKS == alone["bytes"]
+
+
+def test_a_rank_goes_on_with_the_file_that_it_saved_and_no_other(record):
+    alone, ranks = record["heads", "saved"]["alone"], record["heads", "saved"]["ranks"]
+    assert alone == {"goes on": True, "message": None}
+    for index, rank in enumerate(ranks):
+        assert rank["goes on"]
+        assert f"saved by one process, and this is rank {index} of {RANKS}" in rank["message"]
+
+
+def test_a_stream_is_not_ended_early_by_one_of_several(record):
+    case = record["qwen", "closed stream"]
+    assert case["alone"]["message"] is None
+    for index, rank in enumerate(case["ranks"]):
+        assert f"rank {index} of {RANKS} cannot end an answer early" in rank["message"]
+        assert rank["rest"]
+
+
+def test_heads_that_cannot_be_shared_are_refused_with_the_reason(record):
+    case = record["too few heads", "refused"]
+    assert case["alone"]["message"] is None
+    for rank in case["ranks"]:
+        assert "its 1 KV heads cannot be shared evenly between 2 processes" in rank["message"]
+
+
+def test_each_rank_keeps_latents_for_its_own_heads(record):
+    case = record["latents", "value-aware"]
+    mine, other = case["ranks"]
+    assert mine["tokens"] == other["tokens"]
+    assert mine["kept"] != other["kept"]
+    whole = record["latents", "whole prompt"]
+    assert [rank["tokens"] for rank in whole["ranks"]] == [whole["alone"]["tokens"]] * RANKS
+
+
+def test_a_rank_that_fails_ends_all(folder):
+    done, seconds = launch(folder, "--fail")
+    assert done.returncode != 0
+    assert "ValueError: budget=0 must be" in done.stderr
+    assert seconds < SECONDS
