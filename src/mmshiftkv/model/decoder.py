@@ -7,7 +7,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from .asking import CACHES, parameters_of, takes_query_by_function
-from .parallel import obstacle_of_heads, rank_of
+from .parallel import SharedHeads, rank_of
 from .queries import AttentionLayer
 from .rotary import Rotary, rotary_of
 
@@ -34,6 +34,7 @@ class Decoder:
         layer_types = getattr(config, "layer_types", None)
         last_position = (getattr(config, "max_position_embeddings", None) or 1) - 1
         self.rank = rank_of(model)
+        heads = SharedHeads.of(config, self.rank)
         self.attention: dict[int, AttentionLayer] = {}
         try:
             for index in layer_indices:
@@ -43,11 +44,12 @@ class Decoder:
                     Rotary(rotary_of(text_model, config, index), layer_types[index] if layer_types else None),
                     config.hidden_size,
                     last_position,
+                    heads,
                 )
         except ValueError as error:
             # Heads that were cut in pieces fail in many ways, none of which says so.
-            if obstacle := obstacle_of_heads(config, self.rank):
-                raise ValueError(f"model: {type(model).__name__} is not supported: {obstacle}") from error
+            if heads.obstacle:
+                raise ValueError(f"model: {type(model).__name__} is not supported: {heads.obstacle}") from error
             raise
         self._text_config = config
         self._config = model.config

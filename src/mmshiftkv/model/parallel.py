@@ -33,20 +33,47 @@ def rank_of(model: nn.Module) -> Rank | None:
     return Rank((mesh["tp"] if mesh.ndim > 1 else mesh).get_local_rank(), count)
 
 
-def obstacle_of_heads(config: Any, rank: Rank | None) -> str | None:
-    """Why the heads of a text model cannot be shared between its processes; None: they can.
+@dataclass(frozen=True)
+class SharedHeads:
+    """The KV heads of a model, as far as they are shared between processes.
 
-    Args:
-        config: of the text model.
-        rank: of this process.
+    Attributes:
+        count: how many the model has; None: its config names no number that holds for all layers.
+        rank: of this process; None: there is but one.
     """
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
-    if rank is None or not isinstance(heads, int) or heads % rank.count == 0:
-        return None
-    return (
-        f"its {heads} KV heads cannot be shared evenly between {rank.count} processes (tensor parallel), and "
-        f"transformers cannot run it so either; the number of processes must divide {heads}"
-    )
+
+    count: int | None
+    rank: Rank | None
+
+    @classmethod
+    def of(cls, config: Any, rank: Rank | None) -> "SharedHeads":
+        """Those of a text model with this config."""
+        count = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+        return cls(count if isinstance(count, int) else None, rank)
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why they cannot be shared; None: they can."""
+        if self.rank is None or self.count is None or self.count % self.rank.count == 0:
+            return None
+        return (
+            f"its {self.count} KV heads cannot be shared evenly between {self.rank.count} processes (tensor parallel), "
+            f"and transformers cannot run it so either; the number of processes must divide {self.count}"
+        )
+
+    def place(self, held: int) -> tuple[int, int]:
+        """Which of a layer's heads this process holds.
+
+        Args:
+            held: how many it holds.
+
+        Returns:
+            The number of the first one, and how many heads all processes hold together.
+        """
+        # Some plans gather what they project, so that each process holds all heads.
+        if self.rank is None or held * self.rank.count != self.count:
+            return 0, held
+        return self.rank.index * held, self.count
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
