@@ -142,17 +142,12 @@ def refusal(function, *args, **settings) -> str | None:
     return None
 
 
-def both(**settings):
-    """Published and value-aware."""
-    return {"published": settings, "value-aware": {"preset": "value-aware", **settings}}
-
-
-_AHEAD = {"custom_generate": decode_ahead}
+PRESETS = {"published": {}, "value-aware": {"preset": "value-aware"}}
 _PEERS = {"snapkv": {"window": 4}, "expected_attention": {}, "keydiff": {}, "streaming_llm": {}, "random": {}}
+_FIXED = {"max_new_tokens": 8}
 _WAYS = {
-    "growing": {},
-    "fixed": {"max_new_tokens": 8},
-    "decode_ahead": {"max_new_tokens": 8, "options": _AHEAD},
+    "fixed": _FIXED,
+    "decoded ahead": {**_FIXED, "options": {"custom_generate": decode_ahead}},
     "beams": {"options": {"num_beams": 3}},
     "chunks": {"options": {"prefill_chunk_size": 16}},
     "assisted": {"options": {"inputs": {"input_ids": models.prompt_ids()}, "prompt_lookup_num_tokens": 3}},
@@ -162,21 +157,17 @@ _WAYS = {
 # By the name of the model, and of what is done with it.
 CASES: dict[tuple[str, str], Case] = {
     **{
-        ("heads", f"{name}, {way}"): partial(method, "shiftkv", **settings, **given)
-        for way, given in _WAYS.items()
-        for name, settings in both().items()
+        (model, name): partial(method, "shiftkv", **settings)
+        for model in ("heads", "one head each", "sinks", "heads everywhere", "asked")
+        for name, settings in PRESETS.items()
     },
+    **{(model, name): partial(images, **given) for model in ("qwen", "llava") for name, given in PRESETS.items()},
+    **{("heads", way): partial(method, "shiftkv", preset="value-aware", **given) for way, given in _WAYS.items()},
     **{("heads", name): partial(method, name, **settings) for name, settings in _PEERS.items()},
     ("heads", "second turn"): second_turn,
     ("heads", "calibration"): statistics,
     ("heads", "report"): report,
     ("heads", "saved"): saved,
-    **{
-        (model, name): partial(method, "shiftkv", **settings)
-        for model in ("one head each", "sinks", "heads everywhere", "asked")
-        for name, settings in both().items()
-    },
-    **{(model, name): partial(images, **settings) for model in ("qwen", "llava") for name, settings in both().items()},
     ("qwen", "conversation"): conversation,
     ("llava", "conversation, decoded ahead"): partial(conversation, decode_ahead=True),
     ("qwen", "document"): document,
