@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import models
 from parallel.cases import CASES
@@ -80,6 +81,16 @@ def record(folder):
     return {(one["model"], one["case"]): one for one in found}
 
 
+def ran(record, model, case):
+    """What one process gave, and what the ranks did; skips where transformers before 5.24 cannot share the model."""
+    found = record[model, case]
+    if found["obstacle"] is not None:
+        version = tuple(map(int, transformers.__version__.split(".")[:2]))
+        assert version < (5, 24), found["obstacle"]
+        pytest.skip(f"transformers cannot share this model: {found['obstacle']}")
+    return found["alone"], found["ranks"]
+
+
 def together(ranks):
     """What all ranks keep: the heads of one behind those of the other."""
     return [torch.cat([torch.tensor(kept) for kept in layer], dim=1).tolist() for layer in zip(*ranks, strict=True)]
@@ -87,7 +98,7 @@ def together(ranks):
 
 @pytest.mark.parametrize(("model", "case"), [key for key in CASES if key not in OWN])
 def test_the_ranks_give_what_one_process_gives(record, model, case):
-    alone, ranks = record[model, case]["alone"], record[model, case]["ranks"]
+    alone, ranks = ran(record, model, case)
     kept = alone.pop("kept", None)
     of_ranks = [rank.pop("kept", None) for rank in ranks]
     assert alone
@@ -101,7 +112,7 @@ def test_the_ranks_give_what_one_process_gives(record, model, case):
 
 
 def test_what_a_rank_reports_is_its_own(record):
-    alone, ranks = record["heads", "report"]["alone"], record["heads", "report"]["ranks"]
+    alone, ranks = ran(record, "heads", "report")
     assert "tensor parallel" not in alone["report"]
     for index, rank in enumerate(ranks):
         assert rank["report"].endswith(f"tensor parallel: bytes are those of rank {index} of {RANKS} alone")
@@ -109,7 +120,7 @@ def test_what_a_rank_reports_is_its_own(record):
 
 
 def test_a_rank_goes_on_with_the_file_that_it_saved_and_no_other(record):
-    alone, ranks = record["heads", "saved"]["alone"], record["heads", "saved"]["ranks"]
+    alone, ranks = ran(record, "heads", "saved")
     assert alone == {"goes on": True, "message": None}
     for index, rank in enumerate(ranks):
         assert rank["goes on"]
@@ -117,9 +128,9 @@ def test_a_rank_goes_on_with_the_file_that_it_saved_and_no_other(record):
 
 
 def test_a_stream_is_not_ended_early_by_one_of_several(record):
-    case = record["qwen", "closed stream"]
-    assert case["alone"]["message"] is None
-    for index, rank in enumerate(case["ranks"]):
+    alone, ranks = ran(record, "qwen", "closed stream")
+    assert alone["message"] is None
+    for index, rank in enumerate(ranks):
         assert f"rank {index} of {RANKS} cannot end an answer early" in rank["message"]
         assert rank["rest"]
 
@@ -127,17 +138,17 @@ def test_a_stream_is_not_ended_early_by_one_of_several(record):
 def test_heads_that_cannot_be_shared_are_refused_with_the_reason(record):
     case = record["too few heads", "refused"]
     assert case["alone"]["message"] is None
+    assert "is invalid for input of size" in case["obstacle"]  # what transformers says itself
     for rank in case["ranks"]:
         assert "its 1 KV heads cannot be shared evenly between 2 processes" in rank["message"]
 
 
 def test_each_rank_keeps_latents_for_its_own_heads(record):
-    case = record["latents", "value-aware"]
-    mine, other = case["ranks"]
+    _, (mine, other) = ran(record, "latents", "value-aware")
     assert mine["tokens"] == other["tokens"]
     assert mine["kept"] != other["kept"]
-    whole = record["latents", "whole prompt"]
-    assert [rank["tokens"] for rank in whole["ranks"]] == [whole["alone"]["tokens"]] * RANKS
+    whole, ranks = ran(record, "latents", "whole prompt")
+    assert [rank["tokens"] for rank in ranks] == [whole["tokens"]] * RANKS
 
 
 def test_a_rank_that_fails_ends_all(folder):

@@ -38,21 +38,37 @@ def in_json(found: dict[str, Any]) -> dict[str, Any]:
     return {**found, "kept": [kept.tolist() for kept in found["kept"]]} if "kept" in found else found
 
 
+def obstacle(shared: cases.Loaded) -> str | None:
+    """Why transformers cannot run the model so, with a cache of its own; None: it can."""
+    try:
+        shared.model.generate(cases.models.prompt_ids(), max_new_tokens=2)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 def run_cases(folder: Path, rank: int, ranks: int) -> list[dict[str, Any]]:
-    """Of each case what one process gives and what each rank does; complete on rank 0 only."""
+    """Of each case what one process gives and what each rank does; complete on rank 0 only.
+
+    Of models that transformers cannot run so, only what is to be refused.
+    """
     record = []
     for name in dict.fromkeys(model for model, _ in cases.CASES):
         shared = load(folder / name, rank, distributed_config=DistributedConfig(tp_plan="auto"))
         whole = load(folder / name, "whole") if rank == 0 else None
+        reason = obstacle(shared)
         for (model, what), case in cases.CASES.items():
             if model != name:
+                continue
+            if reason is not None and what != "refused":
+                record.append({"model": model, "case": what, "obstacle": reason})
                 continue
             alone = None if whole is None else in_json(case(whole))
             # Before it all ranks wait for the one that was alone, and what that one has written is there.
             dist.barrier()
             gathered: list[Any] = [None] * ranks
             dist.all_gather_object(gathered, in_json(case(shared)))
-            record.append({"model": model, "case": what, "alone": alone, "ranks": gathered})
+            record.append({"model": model, "case": what, "obstacle": reason, "alone": alone, "ranks": gathered})
     return record
 
 
