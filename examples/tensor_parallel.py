@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """What one process saw: the ids of both answers, the columns kept, and what its cache reports.
+    """What one process saw: the ids of both answers, the columns kept, the bytes held and those of a full cache.
 
     `kept` has a list for each KV head of each layer.
     """
@@ -47,7 +47,8 @@ class Run:
     full: list[int]
     compressed: list[int]
     kept: list[list[list[int]]]
-    report: str
+    bytes_stored: int
+    bytes_full: int
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -102,7 +103,8 @@ def run(arguments: argparse.Namespace, model: Any, inputs: Any) -> Run:
     columns = [cache.kept_indices(index) for index in range(len(cache.layers))]
     kept = [layer[0].tolist() for layer in columns if layer is not None]
     full = answer(model, inputs, make_cache("full", model), tokens)
-    return Run(full, compressed, kept, str(cache.report()))
+    report = cache.report()
+    return Run(full, compressed, kept, report.bytes_stored, report.bytes_full)
 
 
 def kept_together(ranks: Sequence[Run], heads: int) -> list[list[list[int]]]:
@@ -132,12 +134,14 @@ def comparison(ranks: Sequence[Run], whole: Run) -> list[str]:
 
 
 def print_ranks(ranks: Sequence[Run]) -> None:
-    """What each rank keeps in the first layer that is compressed, and its report."""
+    """What each rank holds, and the columns that it keeps in the first layer that is compressed."""
+    from mmshiftkv.report import format_bytes
+
     for index, rank in enumerate(ranks):
-        print(f"\nrank {index} keeps, in its first compressed layer:")
+        sizes = f"{format_bytes(rank.bytes_stored)}, with a full cache {format_bytes(rank.bytes_full)}"
+        print(f"\nrank {index} holds {sizes}; its first compressed layer keeps")
         for number, head in enumerate(rank.kept[0]):
-            print(f"  its head {number}: {' '.join(map(str, head))}")
-        print(rank.report)
+            print(f"  of its head {number}: {' '.join(map(str, head))}")
 
 
 def measure(arguments: argparse.Namespace) -> tuple[list[Run], Run | None, list[str]]:

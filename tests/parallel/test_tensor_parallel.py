@@ -12,6 +12,8 @@ import torch
 import transformers
 
 import models
+import tensor_parallel
+from documents import BLOCKS
 from parallel.cases import CASES
 from tiny_llava import save_tiny_llava
 
@@ -73,10 +75,16 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def record(folder):
-    """By model and case, what one process gave and what each rank did."""
+def finished(folder):
+    """The torchrun of all cases."""
     done, _ = launch(folder)
     assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def record(folder, finished):
+    """By model and case, what one process gave and what each rank did."""
     found = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     return {(one["model"], one["case"]): one for one in found}
 
@@ -156,3 +164,28 @@ def test_a_rank_that_fails_ends_all(folder):
     assert done.returncode != 0
     assert "ValueError: budget=0 must be" in done.stderr
     assert seconds < SECONDS
+
+
+def test_the_example_prints_what_the_document_shows(record, finished):
+    ran(record, "qwen", "published")
+    (shown,) = [block.text for block in BLOCKS["docs/recipes.md"] if "processes, gloo" in block.text]
+    assert finished.stdout.splitlines() == shown.splitlines()
+
+
+def test_the_example_says_what_differs():
+    mine = [
+        tensor_parallel.Run([1], [2], [[[0, 1]], [[0, 2]]], 0, 0),
+        tensor_parallel.Run([1], [2], [[[3]], [[4]]], 0, 0),
+    ]
+    whole = tensor_parallel.Run([1], [3], [[[0, 1], [3]], [[0, 1], [4]]], 0, 0)
+    assert tensor_parallel.comparison(mine, whole) == [
+        "full cache: the same tokens",
+        "compressed cache: other tokens, one process gives [3]",
+        "kept: 1 of 6 tokens, of 4 heads of all layers, are others",
+    ]
+
+
+def test_the_example_says_how_to_start_it(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit, match="start it with torchrun"):
+        tensor_parallel.main([])

@@ -4,7 +4,8 @@
     python -m torch.distributed.run --nproc-per-node 2 tests/parallel/worker.py FOLDER --fail
 
 FOLDER holds the models, each in a folder of its name, and gets `record.json`: for each case what one process gave, and
-what each rank did.  With `--fail` the last rank gives its cache a budget that is refused, and all others go on.
+what each rank did.  What the example prints without arguments goes to the output.  With `--fail` the last rank gives
+its cache a budget that is refused, and all others go on.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 from transformers.distributed import DistributedConfig
 
+import tensor_parallel
 from mmshiftkv import ShiftKVCache
 from parallel import cases
 
@@ -92,6 +94,9 @@ def main() -> None:
         record = run_cases(arguments.folder, rank, ranks)
         if rank == 0:
             (arguments.folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
+        if not any(one["obstacle"] for one in record if one["model"] == "qwen"):
+            tensor_parallel.main([])
+            return
     dist.destroy_process_group()
 
 
