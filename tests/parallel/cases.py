@@ -32,12 +32,12 @@ PAGES = [document_image(224, 168), document_image(140, 280)]
 
 @dataclass
 class Loaded:
-    """A model, whole or shared; `rank` tells files of several processes apart."""
+    """A model, whole or shared; `name` tells the files of several processes apart."""
 
     model: PreTrainedModel
     processor: Any
     folder: Path
-    rank: int
+    name: str
 
     def images(self) -> dict[str, torch.Tensor]:
         return models.VisionCase(self.model, self.processor).prompts(2)
@@ -47,7 +47,8 @@ Case = Callable[[Loaded], dict[str, Any]]
 
 
 def answer(loaded, cache, inputs=PROMPTS, **options):
-    """Tokens of a greedy answer, and what is kept."""
+    """Tokens of an answer, greedy unless told otherwise, and what is kept."""
+    torch.manual_seed(0)
     given = {"max_new_tokens": 8, "do_sample": False, CACHE_ARGUMENT: cache, **inputs, **options}
     return {"tokens": loaded.model.generate(**given).tolist(), "kept": kept_of(cache)}
 
@@ -88,7 +89,7 @@ def saved(loaded):
     """A cache in a file goes on as the one that was saved; the refusal of another rank's file is noted."""
     cache = ShiftKVCache(loaded.model, budget=8)
     answer(loaded, cache, {"input_ids": models.prompt_ids()})
-    path = loaded.folder / f"saved-{loaded.rank}.safetensors"
+    path = loaded.folder / f"saved-{loaded.name}.safetensors"
     cache.save(path)
     with torch.no_grad():
         token = torch.tensor([[5]])
@@ -115,7 +116,7 @@ def conversation(loaded, **settings):
 
 def document(loaded, **settings):
     page = Document(loaded.model, loaded.processor, PAGES, budget=24, max_new_tokens=8, **settings)
-    path = loaded.folder / f"document-{loaded.rank}.safetensors"
+    path = loaded.folder / f"document-{loaded.name}.safetensors"
     page.save(path)
     again = Document.load(path, loaded.model, loaded.processor)
     asked = ["What is the Total?", "Read line 1 of the second page."]
@@ -150,6 +151,7 @@ _WAYS = {
     "decoded ahead": {**_FIXED, "options": {"custom_generate": decode_ahead}},
     "beams": {"options": {"num_beams": 3}},
     "chunks": {"options": {"prefill_chunk_size": 16}},
+    "sampled": {"options": {"do_sample": True}},
     "assisted": {"options": {"inputs": {"input_ids": models.prompt_ids()}, "prompt_lookup_num_tokens": 3}},
     "share": {"budget": 0.3},
 }

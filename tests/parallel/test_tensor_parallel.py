@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from tiny_llava import save_tiny_llava
 
 WORKER = Path(__file__).with_name("worker.py")
 RANKS = 2
-SECONDS = 240  # they need about 40; a hang is a failure
+SECONDS = 240  # more is a hang: they need about 40
 _LATENTS = {
     "head_dim": 8,
     "q_lora_rank": 16,
@@ -52,11 +51,10 @@ def write_models(folder):
 
 
 def launch(*arguments):
-    """The finished torchrun, and the seconds that it took."""
+    """The finished torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
-    begin = time.monotonic()
-    done = subprocess.run(
+    return subprocess.run(
         [*command, str(WORKER), *map(str, arguments)],
         capture_output=True,
         text=True,
@@ -64,7 +62,6 @@ def launch(*arguments):
         env=environment,
         timeout=SECONDS,
     )
-    return done, time.monotonic() - begin
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +74,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(folder):
     """The torchrun of all cases."""
-    done, _ = launch(folder)
+    done = launch(folder)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -160,10 +157,9 @@ def test_each_rank_keeps_latents_for_its_own_heads(record):
 
 
 def test_a_rank_that_fails_ends_all(folder):
-    done, seconds = launch(folder, "--fail")
+    done = launch(folder, "--fail")
     assert done.returncode != 0
     assert "ValueError: budget=0 must be" in done.stderr
-    assert seconds < SECONDS
 
 
 def test_the_example_prints_what_the_document_shows(record, finished):

@@ -27,13 +27,13 @@ _SECONDS_TO_WAIT = 60
 _EAGER = ("sinks", "heads everywhere")
 
 
-def load(folder: Path, rank: int, **options: Any) -> cases.Loaded:
+def load(folder: Path, name: str, **options: Any) -> cases.Loaded:
     """The model of a folder, and its processor if it has one."""
     has_images = (folder / "preprocessor_config.json").exists() or (folder / "processor_config.json").exists()
     kind = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
     attention = "eager" if folder.name in _EAGER else "sdpa"
     model = kind.from_pretrained(folder, dtype="float32", attn_implementation=attention, **options).eval()
-    return cases.Loaded(model, AutoProcessor.from_pretrained(folder) if has_images else None, folder.parent, rank)
+    return cases.Loaded(model, AutoProcessor.from_pretrained(folder) if has_images else None, folder.parent, name)
 
 
 def in_json(found: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def run_cases(folder: Path, rank: int, ranks: int) -> list[dict[str, Any]]:
     """
     record = []
     for name in dict.fromkeys(model for model, _ in cases.CASES):
-        shared = load(folder / name, rank, distributed_config=DistributedConfig(tp_plan="auto"))
+        shared = load(folder / name, str(rank), distributed_config=DistributedConfig(tp_plan="auto"))
         whole = load(folder / name, "whole") if rank == 0 else None
         reason = obstacle(shared)
         for (model, what), case in cases.CASES.items():
@@ -75,7 +75,7 @@ def run_cases(folder: Path, rank: int, ranks: int) -> list[dict[str, Any]]:
 
 
 def fail(folder: Path, rank: int, ranks: int) -> None:
-    shared = load(folder / "heads", rank, distributed_config=DistributedConfig(tp_plan="auto"))
+    shared = load(folder / "heads", str(rank), distributed_config=DistributedConfig(tp_plan="auto"))
     cache = ShiftKVCache(shared.model, budget=0 if rank == ranks - 1 else 8)
     cases.answer(shared, cache)
 

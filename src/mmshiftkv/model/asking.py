@@ -236,7 +236,7 @@ def _forward_function(module: nn.Module) -> types.FunctionType | None:
     forward: Any = vars(module).get("forward")
     # accelerate puts a forward on the module that moves its weights, which a running pass has done already; tensor
     # parallelism one that brings in this process's part of them, as `with_weights` does.
-    is_for_weights = hasattr(module, "_hf_hook") or getattr(forward, "__module__", "").startswith(_SHARING)
+    is_for_weights = hasattr(module, "_hf_hook") or str(getattr(forward, "__module__", None)).startswith(_SHARING)
     if forward is None or is_for_weights:
         forward = type(module).forward
     function = inspect.unwrap(getattr(forward, "__func__", forward))
