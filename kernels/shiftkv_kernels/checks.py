@@ -1,10 +1,15 @@
 """Checks of the operations' arguments; the messages name the argument, what it is and what it must be."""
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+_MOST_LOOKS = 4096
 
 
 def check_shape(name: str, tensor: torch.Tensor, meaning: str, sizes: Sequence[int | None]) -> None:
@@ -85,13 +90,12 @@ def check_positive(name: str, value: float, most: float = math.inf) -> None:
         raise ValueError(f"{name}={value!r} must be more than 0{limit}, and finite")
 
 
-def checked_logits(
+def check_logits(
     name: str, queries: torch.Tensor, scaling: float, softcap: float | None, sinks: torch.Tensor | None
-) -> dict[str, Any]:
-    """How logits are made of the queries `name`, (B, H, n, D), as keywords of the operations.
+) -> None:
+    """Raises ValueError unless logits can be made of the queries `name`, (B, H, n, D).
 
-    Raises:
-        ValueError: `scaling` or `softcap` is not positive and finite, or `sinks` no floating (H,) on their device.
+    `scaling` and `softcap` must be positive and finite, `sinks` a floating (H,) on the queries' device.
     """
     check_positive("scaling", scaling)
     if softcap is not None:
@@ -101,4 +105,41 @@ def checked_logits(
         if not sinks.is_floating_point():
             raise ValueError(f"sinks is {sinks.dtype}, must be of a floating dtype")
         check_device("sinks", sinks, name, queries)
-    return {"scaling": scaling, "softcap": softcap, "sinks": sinks}
+
+
+def checked_once(
+    check: Callable[..., None],
+) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """Has an operation's arguments checked before it runs, but only once for those that look the same.
+
+    All layers of a model have tensors of the same shapes.
+
+    Args:
+        check: takes what the operation takes, but for `backend`, and raises what its documentation says.
+    """
+
+    def decorate(operation: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        passed: set[Any] = set()
+
+        @functools.wraps(operation)
+        def checked(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+            looks = (*map(_look, args), *kwargs, *map(_look, kwargs.values()))
+            if looks not in passed:
+                check(*args, **{name: value for name, value in kwargs.items() if name != "backend"})
+                if len(passed) >= _MOST_LOOKS:
+                    passed.clear()
+                passed.add(looks)
+            return operation(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+def _look(argument: Any) -> Any:
+    """What the checks see of an argument, and its type: they tell 1 from True and 1.0."""
+    if isinstance(argument, torch.Tensor):
+        return argument.shape, argument.dtype, argument.device, argument.is_contiguous()
+    if isinstance(argument, tuple | list):
+        return type(argument), *map(_look, argument)
+    return type(argument), argument

@@ -52,6 +52,7 @@ def takes_triton(backend: str, device: torch.device, unless: str | None = None) 
     return True
 
 
+@functools.cache
 def is_interpreted() -> bool:
     """Whether Triton interprets kernels, on any device, instead of compiling them."""
     return triton is not None and triton.knobs.runtime.interpret

@@ -27,6 +27,7 @@ from .report import CacheReport
 from .support import ModelSupport, model_support
 from .use.conversation import Conversation
 from .use.document import Document
+from .use.warming import warm_up
 
 __all__ = [
     "CACHE_ARGUMENT",
@@ -59,4 +60,5 @@ __all__ = [
     "register_method",
     "select_tokens",
     "visual_token_map",
+    "warm_up",
 ]

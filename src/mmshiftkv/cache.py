@@ -83,7 +83,7 @@ class PrefillSelectionCache(DynamicCache):
                 f"model: {type(model).__name__} is not supported: it has no full-attention layer that holds nothing "
                 f"else (its cache layers: {kinds})"
             )
-        self._decoder = Decoder(model, self._selected)
+        self._decoder = Decoder.of(model, self._selected)
         for layer in self._decoder.attention.values():
             method.check(layer)
         self._method = method
@@ -91,12 +91,12 @@ class PrefillSelectionCache(DynamicCache):
         self._hooks = PrefillHooks(self._decoder)
         self._max_new_tokens = max_new_tokens
         self._own_storage = self._make_storage(max_new_tokens)
-        self._begin_conversation()
+        self._begin_conversation(self.layers)
 
     def _make_storage(self, max_new_tokens: int | None) -> Storage:
         settings = self._settings
         if max_new_tokens is not None:
-            obstacle = obstacle_to_compiling(self._decoder, self._decoder.fresh_layers())
+            obstacle = obstacle_to_compiling(self._decoder, self.layers)
             if obstacle is None:
                 return StaticStorage(self._decoder, settings.budget, max_new_tokens, settings.backend)
             warnings.warn(
@@ -105,12 +105,12 @@ class PrefillSelectionCache(DynamicCache):
             )
         return GrowingStorage(settings.backend)
 
-    def _begin_conversation(self) -> None:
+    def _begin_conversation(self, fresh_layers: list[Any]) -> None:
         self._storage = self._own_storage
         # transformers before 5.18 resets sliding layers by zeros, which the next prompt would attend to: all are new.
         self.layers[:] = [
             GrowingLayer() if index in self._selected else self._storage.take_in(index, layer)
-            for index, layer in enumerate(self._decoder.fresh_layers())
+            for index, layer in enumerate(fresh_layers)
         ]
         # None as soon as the prompt has been selected from: then every token is stored.
         self._prefill: Prefill | None = Prefill(self._settings, self._decoder, self._hooks, self._method, self._storage)
@@ -224,7 +224,7 @@ class PrefillSelectionCache(DynamicCache):
         twin._hooks = PrefillHooks(self._decoder)
         twin._max_new_tokens = max_new_tokens
         twin._own_storage = twin._make_storage(max_new_tokens)
-        twin._begin_conversation()
+        twin._begin_conversation(twin.layers)
         twin._go_on_with(held, None)
         return twin
 
@@ -234,6 +234,11 @@ class PrefillSelectionCache(DynamicCache):
             device = next(self._decoder.attention[index].module.parameters()).device
             self.layers[index] = self._storage.restore(index, layer.to(device))
         self._prefill, self._prompt_ids = None, prompt_ids
+
+    @property
+    def decoder(self) -> Decoder:
+        """That of the model which the cache was built for."""
+        return self._decoder
 
     @property
     def is_compileable(self) -> bool:
@@ -294,6 +299,7 @@ class PrefillSelectionCache(DynamicCache):
 
     def _leave_prefill(self) -> None:
         assert self._prefill is not None
+        self._prefill.join()
         self._finite, self._prefill = self._prefill.finite, None
         self._finite.end_prompt()
         self._warn_of_numbers()
@@ -352,8 +358,10 @@ class PrefillSelectionCache(DynamicCache):
     def reset(self) -> None:
         """Empties the cache for another prompt."""
         self._hooks.detach()
+        if self._prefill is not None:
+            self._prefill.join()
         self._own_storage.release()
-        self._begin_conversation()
+        self._begin_conversation(self._decoder.fresh_layers())
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Takes the batch rows `beam_idx`, in that order."""

@@ -24,6 +24,7 @@ from .model.decoder import Decoder
 from .model.generation import GenerateCall
 from .model.hooks import LayerInput, PrefillHooks
 from .model.padding import PromptPadding
+from .side_stream import SideStream, share_with_main, takes_side_stream
 from .storage.base import Pair, SelectedLayer, Selection, Storage
 
 
@@ -75,6 +76,7 @@ class Prefill:
         self._ended = 0
         self._padding: PromptPadding | None = None
         self._summaries: dict[int, Any] = {}
+        self._side = SideStream()
         self.finite = FiniteCheck()
 
     @property
@@ -114,7 +116,11 @@ class Prefill:
                 "use_cache=False, in the call or in the model's generation_config: generate would pass the whole text "
                 "to the cache at every step, with every cache; give use_cache=True"
             )
-        self._hooks.attach(cache)
+        self._hooks.attach(cache, self.join)
+
+    def join(self) -> None:
+        """Lets the device wait for a selection that runs beside the model's own work."""
+        self._side.join()
 
     def _covers(self, columns: int) -> bool:
         return tokens_to_keep(self._settings.budget, columns) == columns
@@ -173,7 +179,7 @@ class Prefill:
             prompt = layer.update(*prompt)
             attended = attended if later else prompt
         if ends:
-            layer = self._select(index, layer, *prompt)
+            layer = self._select(index, layer, *prompt) if later else self._select_beside(index, layer, *prompt)
             if later:
                 layer.update(keys[:, :, mine:], values[:, :, mine:])
         self._arrived += 1
@@ -214,6 +220,22 @@ class Prefill:
         """Adds new tokens to a layer's summary."""
         attention = self._decoder.attention[index]
         self._summaries[index] = self._method.observe(attention, inputs, self._summaries.get(index))
+
+    def _select_beside(
+        self, index: int, layer: SelectedLayer, keys: torch.Tensor, values: torch.Tensor
+    ) -> SelectedLayer:
+        """As `_select`, beside what the model does next."""
+        module = self._decoder.attention[index].module
+        if self._covers(keys.shape[2]) or not takes_side_stream(keys.device, module):
+            return self._select(index, layer, keys, values)
+        assert self._padding is not None
+        # What all layers share is made, and the mask is looked at, outside.
+        self._padding.valid(keys.device)
+        self.finite.flag(keys.device)
+        with self._side.running(keys.device, keys, values, self._summaries[index]):
+            selected = self._select(index, layer, keys, values)
+        share_with_main(selected.tensors, keys.device)
+        return selected
 
     def _select(self, index: int, layer: SelectedLayer, keys: torch.Tensor, values: torch.Tensor) -> SelectedLayer:
         """Hands over to storage what is kept of a complete prompt."""

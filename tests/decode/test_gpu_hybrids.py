@@ -13,6 +13,7 @@ from transformers import StaticCache
 
 import models
 from mmshiftkv import ShiftKVCache
+from mmshiftkv.decode.block_step import decoding_of
 from test_exactness import NEW_TOKENS, generate
 from test_gpu import on_gpu
 
@@ -36,10 +37,15 @@ def answer(model, inputs, cache, **options):
     return generate(model, inputs, cache, min_new_tokens=NEW_TOKENS, **options)
 
 
-def recorded():
+def recorded(model):
     """How many CUDA graphs have been recorded since the compiler was reset."""
+    by_blocks = len(decoding_of(model).recorder)
     manager = get_manager(torch.cuda.current_device(), create_if_none_exists=False)
-    return 0 if manager is None else int(re.fullmatch(r"count\((\d+)\)", repr(manager.graph_counter)).group(1))
+    return (
+        by_blocks
+        if manager is None
+        else by_blocks + int(re.fullmatch(r"count\((\d+)\)", repr(manager.graph_counter)).group(1))
+    )
 
 
 def compiled_with_static_cache(model):
@@ -68,8 +74,11 @@ def test_one_compilation_and_one_recording_serve_all_caches(name, loop):
         del cache, found
         if index == 0:
             gc.collect()  # the tracer left the cache in a cycle
-        records.append(recorded())
-    assert counters["stats"]["unique_graphs"] == 1 <= allowed
+        records.append(recorded(model))
+    # Where the step is compiled by blocks, one for each of two kinds; where blocks share keys and values, as a whole.
+    by_blocks = loop == "decode_ahead" and name != "gemma4_text"
+    assert counters["stats"]["unique_graphs"] == (2 if by_blocks else 1)
+    assert by_blocks or allowed >= 1
     assert counters["inductor"]["cudagraph_skips"] <= skipped
     assert records == records[:1] * 5
 

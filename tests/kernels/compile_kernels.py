@@ -37,6 +37,7 @@ INPUTS |= {f"p_{part}_{index}" for part in ("weight", "bias", "out") for index i
 INPUTS |= {"p_refitted", "p_sinks"} | {"p_queries", "p_cos", "p_sin", "p_rotated", "p_rotated_last"}
 UNIT_STRIDES = {"stride_kd", "stride_vd"}
 UNSPECIALIZED = {"T", "C", "S", "tiles_per_part", "chunks_per_program", "steps_per_program", "seed", "stream", "first"}
+UNSPECIALIZED |= {"parts", "shares", "tiles"}
 
 
 # What few models have: None for the others.
@@ -120,7 +121,7 @@ def group_mass_cases(capability: int) -> dict[str, Any]:
             maxnreg=choice.registers,
         )
     combine = log_sums._combine_kernel
-    sizes: dict[str, Any] = {"PARTS": 9, "BLOCK": 256}
+    sizes: dict[str, Any] = {"BLOCK": 256}
     without = sizes | {"N": None, "H": None}
     compiled[combine.__name__] = compile_kernel(combine, without, "fp32", capability)
     compiled[f"{combine.__name__} with sinks"] = compile_kernel(
@@ -140,7 +141,7 @@ def value_cases(capability: int) -> dict[str, Any]:
         choice = tiles.choose_attend_tiles(max(blocks), 4 if dtype == "fp32" else 2, gpu)
         sizes = {"BLOCK_Q": choice.kept, "BLOCK_T": choice.streamed}
         wide = max(blocks) > 128
-        values = {"D_V": value_dim, "BLOCK_D_V": blocks[1], "SHARES": 4, "BLOCK_T": value_scores._TOKENS_AT_ONCE}
+        values = {"D_V": value_dim, "BLOCK_D_V": blocks[1], "BLOCK_T": value_scores._TOKENS_AT_ONCE}
         cases: tuple[tuple[Any, dict[str, Any], dict[str, int]], ...] = (
             (attend._attend_kernel, shape | exact | sizes, {"num_warps": choice.warps, "num_stages": choice.stages}),
             (
@@ -149,7 +150,7 @@ def value_cases(capability: int) -> dict[str, Any]:
                 {"num_warps": 8 if wide else 4, "num_stages": 1},
             ),
             (value_scores._mean_output_kernel, values, {}),
-            (value_scores._scores_kernel, values | {"PARTS": 9, "BLOCK_PARTS": 16, "TILES": 4}, {}),
+            (value_scores._scores_kernel, values, {}),
             (solve._solve_kernel, {"D_V": value_dim, "BLOCK_C": 128, "BLOCK_D": 16}, {"num_warps": 8}),
             (
                 solve._solve_in_blocks_kernel,
@@ -166,7 +167,7 @@ def value_cases(capability: int) -> dict[str, Any]:
                 )
     products, combine = refit_values._products_kernel, attend._combine_kernel
     compiled[products.__name__] = compile_kernel(products, {"D_V": 128, "BLOCK_R": 64, "BLOCK": 32}, "fp32", capability)
-    sizes = {"D_V": 128, "BLOCK_D_V": 128, "PARTS": 9, "BLOCK": 16}
+    sizes = {"D_V": 128, "BLOCK_D_V": 128, "BLOCK": 16}
     compiled[f"{combine.__name__} of outputs"] = compile_kernel(combine, sizes, "fp32", capability)
     return compiled
 
@@ -174,12 +175,12 @@ def value_cases(capability: int) -> dict[str, Any]:
 def other_cases(capability: int) -> dict[str, Any]:
     """All other kernels, at the sizes of Qwen2.5-VL-7B."""
     compiled = {}
-    for tokens in (2048, 32768, 131072):
-        rows: dict[str, Any] = dict(search.row_options(tokens))
+    for options in search.ROW_OPTIONS:
+        rows: dict[str, Any] = dict(options)
         warps = rows.pop("num_warps")
-        cases = (vote._cut_kernel, rows), (keep_best._keep_best_kernel, {**rows, "PIECE": min(rows["BLOCK"], 4096)})
+        cases = (vote._cut_kernel, rows), (keep_best._keep_best_kernel, {**rows, "PIECE": 4096})
         for kernel, constants in cases:
-            compiled[f"{kernel.__name__} {tokens}"] = compile_kernel(
+            compiled[f"{kernel.__name__} {rows['BLOCK']}"] = compile_kernel(
                 kernel, constants, "fp32", capability, num_warps=warps
             )
     for kernel, constants in (

@@ -9,7 +9,9 @@ from shiftkv_kernels.fused import search
 def short_rows(request, monkeypatch):
     """Rows of more than 256 tokens are taken to be too long for registers, or not."""
     if request.param == "streamed":
-        monkeypatch.setattr(search, "LONGEST_RESIDENT", 256)
+        resident, streamed = {"BLOCK": 256, "RESIDENT": True}, {"BLOCK": 64, "RESIDENT": False}
+        options = tuple({**each, "num_warps": 4} for each in (resident, streamed))
+        monkeypatch.setattr(search, "ROW_OPTIONS", options)
 
 
 def random_scores(batch, kv_heads, tokens, kind):

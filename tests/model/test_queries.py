@@ -287,3 +287,15 @@ def test_an_encoder_decoder_is_refused():
 def test_what_is_no_model_is_refused(model):
     with pytest.raises(TypeError, match="model must be a transformers model"):
         ShiftKVCache(model, budget=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
+def test_large_logits_in_16_bits_are_no_reason_to_refuse(name, dtype):
+    model = models.text_model(name, attention="eager", hidden_size=256, num_attention_heads=8, head_dim=64)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 20
+        layer.self_attn.k_proj.weight.data *= 20
+    layers = Decoder(model.to(dtype), [0]).attention
+    assert layers[0].facts.is_rebuilt
+    assert layers[0].facts.pairs_halves

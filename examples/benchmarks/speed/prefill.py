@@ -13,6 +13,8 @@ from transformers import Cache, DynamicCache
 from benchmarks import report
 from benchmarks.speed.decoding import synchronize
 from mmshiftkv import CACHE_ARGUMENT, ShiftKVCache
+from mmshiftkv.model.decoder import Decoder
+from mmshiftkv.model.hooks import PrefillHooks
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,19 @@ def run_once(model: Any, ids: torch.Tensor, make_cache: Callable[[], Cache]) -> 
     )
 
 
-def asking(cache: ShiftKVCache) -> ShiftKVCache:
-    """The cache itself, whose layers ask their modules for queries instead of rebuilding them."""
-    layers = cache._decoder.attention
-    layers.update({index: layer.asking() for index, layer in layers.items()})
-    return cache
+def maker_of_asking(model: Any, budget: int) -> Callable[[], ShiftKVCache]:
+    """Makes caches whose layers ask their modules for queries instead of rebuilding them."""
+    # A decoder of its own: other caches of the model share theirs.
+    decoder = Decoder(model, ShiftKVCache(model, budget=budget)._selected)
+    decoder.attention = {index: layer.asking() for index, layer in decoder.attention.items()}
+
+    def make() -> ShiftKVCache:
+        cache = ShiftKVCache(model, budget=budget)
+        cache._decoder, cache._hooks = decoder, PrefillHooks(decoder)
+        cache.reset()
+        return cache
+
+    return make
 
 
 def measure(model: Any, *, lengths: list[int], batches: list[int], budget: int, repeats: int) -> list[Prefill]:
@@ -66,7 +76,7 @@ def measure(model: Any, *, lengths: list[int], batches: list[int], budget: int, 
     makers: dict[str, Callable[[], Cache]] = {
         "DynamicCache": lambda: DynamicCache(config=model.config),
         f"ShiftKVCache {budget}": lambda: ShiftKVCache(model, budget=budget),
-        f"ShiftKVCache {budget}, asked": lambda: asking(ShiftKVCache(model, budget=budget)),
+        f"ShiftKVCache {budget}, asked": maker_of_asking(model, budget),
         f"ShiftKVCache {budget}, values": lambda: ShiftKVCache(
             model, budget=budget, preset="value-aware", refit_queries=0
         ),

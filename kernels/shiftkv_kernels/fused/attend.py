@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 
 from ..device import gpu_of
+from ..launching import launch
+from ..sizes import divided_up, next_power_of_2
 from .finite import finite, load_rows
 from .log_sums import LARGEST_LOGIT, LOWEST, load_sinks, start_softmax
 from .logits import logit_scales, soft_capped
@@ -150,20 +152,21 @@ def _attend_kernel(
     tl.store(p_sums + first_row + rows, largest + tl.log2(total), mask=m_rows)
 
 
-@triton.jit
-def _combine_kernel(p_parts, p_sums, p_outputs, rows, D_V: tl.constexpr, BLOCK_D_V: tl.constexpr, PARTS: tl.constexpr,
-                    BLOCK: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["parts"])
+def _combine_kernel(
+    p_parts, p_sums, p_outputs, rows, parts, D_V: tl.constexpr, BLOCK_D_V: tl.constexpr, BLOCK: tl.constexpr
+):
     """The outputs over all tokens, from those over parts of them."""
     row = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D_V)
     m_row = row < rows
     mask = m_row[:, None] & (d < D_V)[None, :]
     largest = tl.full([BLOCK], LOWEST, tl.float32)
-    for part in tl.static_range(PARTS):
+    for part in range(parts):
         largest = tl.maximum(largest, tl.load(p_sums + part * rows + row, mask=m_row, other=0.0))
     total = tl.zeros([BLOCK], tl.float32)
     outputs = tl.zeros([BLOCK, BLOCK_D_V], tl.float32)
-    for part in tl.static_range(PARTS):
+    for part in range(parts):
         share = tl.exp2(tl.load(p_sums + part * rows + row, mask=m_row, other=0.0) - largest)
         total += share
         o_row = (part * rows + row)[:, None] * D_V + d[None, :]
@@ -194,15 +197,17 @@ def attend(
     if queries.stride(-1) != 1:
         queries = queries.contiguous()
     per_head, pairs, rows = heads // kv_heads, batch * kv_heads, batch * heads * count
-    blocks_d = [max(triton.next_power_of_2(size), 16) for size in (head_dim, value_dim)]
+    blocks_d = [max(next_power_of_2(size), 16) for size in (head_dim, value_dim)]
     gpu = gpu_of(keys.device)
     tiles = tiles or choose_attend_tiles(max(blocks_d), keys.element_size(), gpu)
-    blocks = per_head * triton.cdiv(count, tiles.kept)
-    parts, tiles_per_part = split(blocks * pairs, triton.cdiv(tokens, tiles.streamed), gpu.multiprocessors)
+    blocks = per_head * divided_up(count, tiles.kept)
+    parts, tiles_per_part = split(blocks * pairs, divided_up(tokens, tiles.streamed), gpu.multiprocessors)
     by_part = keys.new_empty((parts, batch, heads, count, value_dim), dtype=torch.float32)
     sums = keys.new_empty((parts, rows), dtype=torch.float32)
     with torch.cuda.device_of(keys):
-        _attend_kernel[blocks, parts, pairs](
+        launch(
+            _attend_kernel,
+            (blocks, parts, pairs),
             queries,
             keys,
             values,
@@ -237,14 +242,16 @@ def _combined(by_part: torch.Tensor, sums: torch.Tensor, block_d: int) -> torch.
     """Outputs (B, H, n, D_v) of those of each part, (parts, B, H, n, D_v), and their sums, (parts, B * H * n)."""
     parts, rows = sums.shape
     outputs = by_part.new_empty(by_part.shape[1:])
-    _combine_kernel[(triton.cdiv(rows, _COMBINED_ROWS),)](
+    launch(
+        _combine_kernel,
+        (divided_up(rows, _COMBINED_ROWS),),
         by_part,
         sums,
         outputs,
         rows,
+        parts,
         D_V=by_part.shape[-1],
         BLOCK_D_V=block_d,
-        PARTS=parts,
         BLOCK=_COMBINED_ROWS,
     )
     return outputs

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launching import launch
+from ..sizes import divided_up, next_power_of_2
 from .finite import finite
 
 _SLOTS_PER_PROGRAM = 16
@@ -87,7 +89,9 @@ def gather(
     kept_keys, kept_values = out
     slots = kept_keys.shape[2]
     with torch.cuda.device_of(keys):
-        _gather_kernel[triton.cdiv(slots, _SLOTS_PER_PROGRAM), batch * kv_heads](
+        launch(
+            _gather_kernel,
+            (divided_up(slots, _SLOTS_PER_PROGRAM), batch * kv_heads),
             keys,
             values,
             indices.contiguous(),
@@ -104,7 +108,7 @@ def gather(
             D=head_dim,
             D_V=value_dim,
             BLOCK_S=_SLOTS_PER_PROGRAM,
-            BLOCK_D=triton.next_power_of_2(head_dim),
-            BLOCK_D_V=triton.next_power_of_2(value_dim),
+            BLOCK_D=next_power_of_2(head_dim),
+            BLOCK_D_V=next_power_of_2(value_dim),
         )
     return kept_keys, kept_values

@@ -9,10 +9,12 @@ import triton
 import triton.language as tl
 
 from ..device import gpu_of
+from ..launching import launch
+from ..sizes import divided_up, next_power_of_2
 from .log_sums import LEAST_COLUMNS, Problem, last_weights, launch_options, log_sums, problem_of
 from .logits import soft_capped
 from .products import tile_products
-from .tiles import Tiles, choose_tiles, split
+from .tiles import Tiles, choose_tiles, split, tiles_of_all_lengths
 
 # The fewest columns that a group is given in a tile.
 _LEAST_SPAN = 8
@@ -163,9 +165,10 @@ def group_mass(
     """
     problem = problem_of(proxy_queries, last_query, keys, scaling, softcap, sinks, valid)
     gpu = gpu_of(keys.device)
-    first, second = tiles or choose_tiles(problem.constants["BLOCK_D"], keys.element_size(), keys.shape[2], gpu)
+    size = problem.constants["BLOCK_D"], keys.element_size()
+    first, second = tiles or choose_tiles(*size, keys.shape[2], gpu)
     with torch.cuda.device_of(keys):
-        shifts = log_sums(problem, first, gpu.multiprocessors)
+        shifts = log_sums(problem, first, tiles_of_all_lengths(choose_tiles, *size, gpu)[0], gpu.multiprocessors)
         return _masses(problem, second, shifts, num_groups, gpu.multiprocessors)
 
 
@@ -176,16 +179,16 @@ def _masses(
     count = proxies.shape[2]
     batch, kv_heads, tokens, _ = keys.shape
     group_size = count // num_groups
-    span = min(max(triton.next_power_of_2(group_size), _LEAST_SPAN), tiles.streamed)
-    tiles = tiles._replace(streamed=min(tiles.streamed, max(triton.next_power_of_2(num_groups) * span, 16)))
+    span = min(max(next_power_of_2(group_size), _LEAST_SPAN), tiles.streamed)
+    tiles = tiles._replace(streamed=min(tiles.streamed, max(next_power_of_2(num_groups) * span, 16)))
     groups_per_tile = tiles.streamed // span
-    blocks = triton.cdiv(tokens, tiles.kept)
-    shares, chunks_per_program = split(
-        blocks * problem.pairs, triton.cdiv(num_groups, groups_per_tile), multiprocessors
-    )
+    blocks = divided_up(tokens, tiles.kept)
+    shares, chunks_per_program = split(blocks * problem.pairs, divided_up(num_groups, groups_per_tile), multiprocessors)
     mass = keys.new_empty((batch, kv_heads, num_groups, tokens), dtype=torch.float32)
     last_mass = keys.new_empty((batch, kv_heads, tokens), dtype=torch.float32)
-    _group_mass_kernel[blocks, shares, problem.pairs](
+    launch(
+        _group_mass_kernel,
+        (blocks, shares, problem.pairs),
         *problem.tensors,
         shifts,
         mass,

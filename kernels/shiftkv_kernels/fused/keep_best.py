@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .search import find_cut, load_ranks, row_options
+from ..launching import launch
+from .search import ROW_OPTIONS, find_cut, load_ranks, row_options
 
 # The kept indices are written piece by piece: running counts over a whole long row would take most of the time.
 _PIECE = 4096
@@ -63,9 +64,10 @@ def keep_best(
     scores = scores.contiguous()
     mask = None if valid is None else valid.contiguous().view(torch.uint8)
     kept = scores.new_empty((batch, kv_heads, count), dtype=torch.int64)
-    options = row_options(tokens)
     with torch.cuda.device_of(scores):
-        _keep_best_kernel[(batch * kv_heads,)](
+        launch(
+            _keep_best_kernel,
+            (batch * kv_heads,),
             scores,
             mask,
             kept,
@@ -74,7 +76,8 @@ def keep_best(
             count,
             kv_heads,
             tokens,
-            PIECE=min(options["BLOCK"], _PIECE),
-            **options,
+            others=lambda: ({"PIECE": _PIECE, **each} for each in ROW_OPTIONS),
+            PIECE=_PIECE,
+            **row_options(tokens),
         )
     return kept

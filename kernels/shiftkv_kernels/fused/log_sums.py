@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launching import launch
+from ..sizes import divided_up, next_power_of_2
 from .logits import logit_scales, soft_capped
 from .products import tile_products
 from .tiles import Tiles, split
@@ -183,16 +185,16 @@ def last_weights(
     return tl.where(shifts[None, :] < -LOWEST, weights, 0.0)
 
 
-@triton.jit
-def _combine_kernel(p_parts, p_sinks, p_shifts, rows, N, H, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["parts"])
+def _combine_kernel(p_parts, p_sinks, p_shifts, rows, N, H, parts, BLOCK: tl.constexpr):
     """The shifts over all tokens, from those over parts of them; without sinks N and H are None."""
     row = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_row = row < rows
     smallest = tl.full([BLOCK], -LOWEST, tl.float32)
-    for part in tl.static_range(PARTS):
+    for part in range(parts):
         smallest = tl.minimum(smallest, tl.load(p_parts + part * rows + row, mask=m_row, other=0.0))
     total = tl.zeros([BLOCK], tl.float32)
-    for part in tl.static_range(PARTS):
+    for part in range(parts):
         total += tl.exp2(smallest - tl.load(p_parts + part * rows + row, mask=m_row, other=0.0))
     p_out = p_shifts + row
     shifts = smallest - tl.log2(total)
@@ -237,7 +239,7 @@ def problem_of(
         {
             "R": heads // kv_heads,
             "D": head_dim,
-            "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
+            "BLOCK_D": max(next_power_of_2(head_dim), 16),
             "EXACT": keys.dtype == torch.float32,
         },
         logit_scales(scaling, softcap),
@@ -245,17 +247,30 @@ def problem_of(
     )
 
 
-def log_sums(problem: Problem, tiles: Tiles, multiprocessors: int) -> torch.Tensor:
-    """Minus the log-sum-exp of every row: (B, H, N) of the proxies, then (B, H) of the last queries, flat."""
+def log_sums(problem: Problem, tiles: Tiles, others: tuple[Tiles, ...], multiprocessors: int) -> torch.Tensor:
+    """Minus the log-sum-exp of every row: (B, H, N) of the proxies, then (B, H) of the last queries, flat.
+
+    Args:
+        problem: the tensors.
+        tiles: for this prompt.
+        others: for prompts of other lengths.
+        multiprocessors: of the GPU.
+    """
+
+    def constants_of(tiles: Tiles) -> dict[str, Any]:
+        return {**problem.constants, **launch_options(tiles, "BLOCK_Q", "BLOCK_T")}
+
     proxies, _, keys, _ = problem.tensors
     batch, heads, count, _ = proxies.shape
     kv_heads, tokens = keys.shape[1:3]
     per_head = heads // kv_heads
-    blocks = per_head * triton.cdiv(count, tiles.kept) + triton.cdiv(per_head, tiles.kept)
-    parts, tiles_per_part = split(blocks * problem.pairs, triton.cdiv(tokens, tiles.streamed), multiprocessors)
+    blocks = per_head * divided_up(count, tiles.kept) + divided_up(per_head, tiles.kept)
+    parts, tiles_per_part = split(blocks * problem.pairs, divided_up(tokens, tiles.streamed), multiprocessors)
     rows = batch * heads * (count + 1)
     shifts = keys.new_empty((parts, rows), dtype=torch.float32)
-    _log_sum_kernel[blocks, parts, problem.pairs](
+    launch(
+        _log_sum_kernel,
+        (blocks, parts, problem.pairs),
         *problem.tensors,
         problem.sinks if parts == 1 else None,
         shifts,
@@ -265,15 +280,23 @@ def log_sums(problem: Problem, tiles: Tiles, multiprocessors: int) -> torch.Tens
         tiles_per_part,
         *problem.scales,
         *problem.strides,
-        **problem.constants,
-        **launch_options(tiles, "BLOCK_Q", "BLOCK_T"),
+        others=lambda: map(constants_of, others),
+        **constants_of(tiles),
     )
     if parts == 1:
         return shifts
     combined = keys.new_empty(rows, dtype=torch.float32)
     sizes = (None, None) if problem.sinks is None else (count, heads)
-    _combine_kernel[(triton.cdiv(rows, _COMBINED_ROWS),)](
-        shifts, problem.sinks, combined, rows, *sizes, PARTS=parts, BLOCK=_COMBINED_ROWS
+    launch(
+        _combine_kernel,
+        (divided_up(rows, _COMBINED_ROWS),),
+        shifts,
+        problem.sinks,
+        combined,
+        rows,
+        *sizes,
+        parts,
+        BLOCK=_COMBINED_ROWS,
     )
     return combined
 

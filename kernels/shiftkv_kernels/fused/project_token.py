@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launching import launch
+
 _MOST_LAYERS = 3  # queries, keys and values
 # Within 5 % of the best of 18 tiles on an H200, in seven groups of layers of Qwen2.5-VL-7B and LLaVA-1.6-7B.
 _INPUTS_AT_ONCE, _WARPS = 1024, 4
@@ -80,7 +82,9 @@ def _launch(state: torch.Tensor, layers: list[_Layer]) -> None:
     sizes = [weight.shape[0] for weight, _, _ in layers]
     missing = _MOST_LAYERS - len(layers)
     with torch.cuda.device_of(state):
-        _project_token_kernel[(sum(sizes),)](
+        launch(
+            _project_token_kernel,
+            (sum(sizes),),
             state,
             *(part for layer in layers for part in layer),
             *[None] * (3 * missing),

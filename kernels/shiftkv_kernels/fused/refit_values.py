@@ -9,7 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launching import launch
 from ..reference.values import LEAST_ATTENTION as _LEAST_ATTENTION
+from ..sizes import divided_up, next_power_of_2
 from .finite import load_finite, load_rows
 from .log_sums import LARGEST_LOGIT, load_sinks, start_softmax
 from .logits import logit_scales, soft_capped
@@ -234,10 +236,12 @@ def _missing(
     pairs, rows = batch * kv_heads, heads // kv_heads * count
     attention = keys.new_empty((pairs, rows, kept.shape[2]), dtype=torch.float32)
     missing = keys.new_empty((pairs, rows, value_dim), dtype=torch.float32)
-    block_d, block_d_v = (max(triton.next_power_of_2(size), 16) for size in (head_dim, value_dim))
+    block_d, block_d_v = (max(next_power_of_2(size), 16) for size in (head_dim, value_dim))
     is_wide = max(block_d, block_d_v) > 128
     block_c = _KEPT // 2 if is_wide else _KEPT
-    _missing_kernel[triton.cdiv(rows, _ROWS), pairs](
+    launch(
+        _missing_kernel,
+        (divided_up(rows, _ROWS), pairs),
         queries,
         outputs,
         keys,
@@ -277,8 +281,19 @@ def _products(attention: torch.Tensor, missing: torch.Tensor) -> tuple[torch.Ten
     gram = attention.new_empty((pairs, count, count))
     right = attention.new_empty((pairs, count, value_dim))
     block = _FEW_PRODUCTS if count <= MOST_ON_CHIP else _MANY_PRODUCTS
-    left_tiles, value_tiles = triton.cdiv(count, block), triton.cdiv(value_dim, block)
-    _products_kernel[left_tiles, left_tiles + value_tiles, pairs](
-        attention, missing, gram, right, rows, count, D_V=value_dim, BLOCK_R=_ROWS, BLOCK=block, num_warps=4
+    left_tiles, value_tiles = divided_up(count, block), divided_up(value_dim, block)
+    launch(
+        _products_kernel,
+        (left_tiles, left_tiles + value_tiles, pairs),
+        attention,
+        missing,
+        gram,
+        right,
+        rows,
+        count,
+        D_V=value_dim,
+        BLOCK_R=_ROWS,
+        BLOCK=block,
+        num_warps=4,
     )
     return gram, right

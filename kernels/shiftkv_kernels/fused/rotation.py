@@ -4,6 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launching import launch
+from ..sizes import divided_up, next_power_of_2
+
 _ROWS_PER_PROGRAM = 32
 
 
@@ -98,7 +101,9 @@ def rotate_queries(
     turned = proxy_queries.new_empty(proxy_queries.shape)
     turned_last = last_query.new_empty(last_query.shape)
     with torch.cuda.device_of(proxy_queries):
-        _rotate_kernel[triton.cdiv(count, _ROWS_PER_PROGRAM) + 1, batch * heads](
+        launch(
+            _rotate_kernel,
+            (divided_up(count, _ROWS_PER_PROGRAM) + 1, batch * heads),
             proxy_queries,
             last_query,
             cos.contiguous(),
@@ -116,7 +121,7 @@ def rotate_queries(
             D=head_dim,
             ROTATED=rotated,
             BLOCK_N=_ROWS_PER_PROGRAM,
-            BLOCK_HALF=triton.next_power_of_2(rotated // 2),
-            BLOCK_REST=triton.next_power_of_2(max(head_dim - rotated, 1)),
+            BLOCK_HALF=next_power_of_2(rotated // 2),
+            BLOCK_REST=next_power_of_2(max(head_dim - rotated, 1)),
         )
     return turned, turned_last

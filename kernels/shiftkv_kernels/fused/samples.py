@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 
 from ..device import gpu_of
+from ..launching import launch
+from ..sizes import divided_up
 
 _TOKENS_AT_ONCE = 2048
 _COUNTERS_AT_ONCE = 512
@@ -130,9 +132,11 @@ def draw_samples(
     samples = means.new_empty((batch, count + (last is not None), features), dtype=dtype)
     size = count * features
     # Each program finds the statistics anew, so that no launch is needed for them: one program per multiprocessor.
-    programs = min(triton.cdiv(triton.cdiv(size, 4), _COUNTERS_AT_ONCE), gpu_of(means.device).multiprocessors)
+    programs = min(divided_up(divided_up(size, 4), _COUNTERS_AT_ONCE), gpu_of(means.device).multiprocessors)
     with torch.cuda.device_of(means):
-        _samples_kernel[programs, batch](
+        launch(
+            _samples_kernel,
+            (programs, batch),
             means,
             squares,
             None if valid is None else valid.contiguous().view(torch.uint8),
@@ -140,7 +144,7 @@ def draw_samples(
             samples,
             _as_int32(seed),
             _as_int32(stream),
-            gamma,
+            float(gamma),
             0 if window is None else max(tokens - window, 0),
             tokens,
             size,

@@ -8,16 +8,19 @@ anew each time.
 import triton
 import triton.language as tl
 
-# The longest row that stays in registers: 32 of them in each of 1,024 threads.
-LONGEST_RESIDENT = 32768
+# Few, so that few kernels serve prompts of all lengths.  The longest rows that stay in registers take 32 of them in
+# each of 1,024 threads.
+ROW_OPTIONS: tuple[dict[str, int | bool], ...] = (
+    {"BLOCK": 4096, "RESIDENT": True, "num_warps": 8},
+    {"BLOCK": 16384, "RESIDENT": True, "num_warps": 32},
+    {"BLOCK": 32768, "RESIDENT": True, "num_warps": 32},
+    {"BLOCK": 8192, "RESIDENT": False, "num_warps": 32},
+)
 
 
 def row_options(tokens: int) -> dict[str, int | bool]:
-    """Keywords of a launch that has one program per row."""
-    resident = tokens <= LONGEST_RESIDENT
-    block = max(triton.next_power_of_2(tokens), 128) if resident else LONGEST_RESIDENT // 4
-    warps = min(max(block // 512, 4), 32) if resident else 32
-    return {"BLOCK": block, "RESIDENT": resident, "num_warps": warps}
+    """Keywords of a launch that has one program per row of so many tokens, out of `ROW_OPTIONS`."""
+    return next((each for each in ROW_OPTIONS if each["RESIDENT"] and tokens <= each["BLOCK"]), ROW_OPTIONS[-1])
 
 
 @triton.jit

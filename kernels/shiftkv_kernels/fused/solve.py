@@ -4,7 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launching import launch
 from ..reference.values import LEAST_SHARE as _LEAST_SHARE
+from ..sizes import divided_up, next_power_of_2
 from .finite import finite
 
 LEAST_SHARE = tl.constexpr(_LEAST_SHARE)
@@ -206,16 +208,26 @@ def solve(
     """
     pairs, count, value_dim = right.shape
     refitted = values.new_empty((*kept.shape, value_dim))
-    grid = triton.cdiv(value_dim, _FEATURES), pairs
-    arguments = values, kept, refitted, count, values.shape[1], ridge, steps, *values.stride()
+    grid = divided_up(value_dim, _FEATURES), pairs
+    arguments = values, kept, refitted, count, values.shape[1], float(ridge), steps, *values.stride()
     if count <= MOST_ON_CHIP:
-        block = max(triton.next_power_of_2(count), 16)
-        _solve_kernel[grid](
-            gram, right, *arguments, D_V=value_dim, BLOCK_C=block, BLOCK_D=_FEATURES, num_warps=max(block // 16, 4)
+        block = max(next_power_of_2(count), 16)
+        launch(
+            _solve_kernel,
+            grid,
+            gram,
+            right,
+            *arguments,
+            D_V=value_dim,
+            BLOCK_C=block,
+            BLOCK_D=_FEATURES,
+            num_warps=max(block // 16, 4),
         )
         return refitted
     work = right.new_empty((3, *right.shape))
-    _solve_in_blocks_kernel[grid](
+    launch(
+        _solve_in_blocks_kernel,
+        grid,
         gram,
         right,
         *work,

@@ -1,6 +1,7 @@
 """How the launches of `group_mass` cut their work, from a few coarse facts: nothing is tried out at run time."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ..device import Gpu
@@ -43,6 +44,18 @@ def choose_value_tiles(head_dim: int, element_size: int, tokens: int, gpu: Gpu) 
     if element_size == 2 and head_dim <= 128 and gpu.has_warpgroup_products and tokens > _FEW_TOKENS:
         second = Tiles(kept=256, streamed=64, warps=8, stages=2)
     return first, second
+
+
+Choose = Callable[[int, int, int, Gpu], tuple[Tiles, Tiles]]
+
+
+@functools.lru_cache
+def tiles_of_all_lengths(
+    choose: Choose, head_dim: int, element_size: int, gpu: Gpu
+) -> tuple[tuple[Tiles, ...], tuple[Tiles, ...]]:
+    """The tiles of the first pass and those of the second that `choose` gives prompts of one length or another."""
+    few, many = (choose(head_dim, element_size, tokens, gpu) for tokens in (_FEW_TOKENS, _FEW_TOKENS + 1))
+    return (few[0], many[0]), (few[1], many[1])
 
 
 @functools.lru_cache

@@ -4,8 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launching import launch
+from ..sizes import next_power_of_2
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["T"])
 def _token_statistics_kernel(p_states, p_means, p_squares, T, stride_b, stride_t, D: tl.constexpr, BLOCK: tl.constexpr):
     """Mean of a token's features and their summed squared deviation from it."""
     t, batch = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64)
@@ -24,17 +27,19 @@ def token_statistics(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.T
     batch, tokens, features = hidden_states.shape
     if hidden_states.stride(-1) != 1:
         hidden_states = hidden_states.contiguous()
-    statistics = hidden_states.new_empty((2, batch, tokens), dtype=torch.float32)
-    block = triton.next_power_of_2(features)
+    means, squares = (hidden_states.new_empty((batch, tokens), dtype=torch.float32) for _ in range(2))
+    block = next_power_of_2(features)
     with torch.cuda.device_of(hidden_states):
-        _token_statistics_kernel[tokens, batch](
+        launch(
+            _token_statistics_kernel,
+            (tokens, batch),
             hidden_states,
-            statistics[0],
-            statistics[1],
+            means,
+            squares,
             tokens,
             *hidden_states.stride()[:2],
             D=features,
             BLOCK=block,
             num_warps=min(max(block // 1024, 1), 16),
         )
-    return statistics[0], statistics[1]
+    return means, squares

@@ -7,23 +7,28 @@ After the log-sums of all query rows (log_sums.py):
 3. for a tile of tokens, the distance of the values from it, and the scores.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from ..device import gpu_of
+from ..launching import launch
 from ..reference.values import LARGEST_MEAN as _LARGEST_MEAN
 from ..reference.values import SINK_MASS as _SINK_MASS
 from ..reference.values import SINK_SCORE as _SINK_SCORE
+from ..sizes import divided_up, next_power_of_2
 from .finite import finite, load_finite, load_rows
 from .log_sums import LEAST_COLUMNS, Problem, last_weights, launch_options, log_sums, problem_of
 from .logits import soft_capped
 from .products import tile_products
-from .tiles import Tiles, choose_value_tiles, split
+from .tiles import Tiles, choose_value_tiles, split, tiles_of_all_lengths
 
 LARGEST_MEAN = tl.constexpr(_LARGEST_MEAN)
 SINK_MASS, SINK_SCORE = tl.constexpr(_SINK_MASS), tl.constexpr(_SINK_SCORE)
 _TOKENS_AT_ONCE = 64
+PARTS_AT_ONCE = tl.constexpr(16)
 _MOST_PARTS = 128
 _TILES_PER_PROGRAM = 4  # of the scores, at most: each program needs the whole mean output
 _PROGRAMS = 512  # as many as these are no fewer for it
@@ -129,15 +134,15 @@ def _moments_kernel(
 
 
 @triton.jit
-def _total(p_shares, m_t, stride, SHARES: tl.constexpr):
+def _total(p_shares, m_t, stride, shares):
     """The sum of a moment over the shares."""
     total = tl.load(p_shares, mask=m_t, other=0.0)
-    for share in tl.static_range(1, SHARES):
+    for share in range(1, shares):
         total += tl.load(p_shares + share * stride, mask=m_t, other=0.0)
     return total
 
 
-@triton.jit(do_not_specialize=["T", "tiles_per_part"])
+@triton.jit(do_not_specialize=["T", "tiles_per_part", "shares"])
 def _mean_output_kernel(
     p_moments,
     p_values,
@@ -145,6 +150,7 @@ def _mean_output_kernel(
     T,
     H_KV,
     tiles_per_part,
+    shares,
     per_row,
     stride_vb,
     stride_vh,
@@ -152,7 +158,6 @@ def _mean_output_kernel(
     stride_vd,
     D_V: tl.constexpr,
     BLOCK_D_V: tl.constexpr,
-    SHARES: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """What a part of the tokens gives to the proxies' mean output."""
@@ -165,7 +170,7 @@ def _mean_output_kernel(
     for tile in range(part * tiles_per_part, (part + 1) * tiles_per_part):
         t = tile * BLOCK_T + tl.arange(0, BLOCK_T)
         m_t = t < T
-        mass = finite(_total(p_moments + t, m_t, stride, SHARES))
+        mass = finite(_total(p_moments + t, m_t, stride, shares))
         values = load_finite(p_values, t, m_t, stride_vt, stride_vd, D_V, BLOCK_D_V)
         output += tl.sum(mass[:, None] * tl.cast(values, tl.float32), 0)
     row = tl.cast(pair, tl.int64) * tl.num_programs(0) + part
@@ -177,7 +182,7 @@ def _per_remaining(mean, square):
     return tl.sqrt(square) / (1.0 - tl.minimum(mean, LARGEST_MEAN))
 
 
-@triton.jit(do_not_specialize=["T", "stride_mb"])
+@triton.jit(do_not_specialize=["T", "shares", "parts", "tiles", "stride_mb"])
 def _scores_kernel(
     p_moments,
     p_last_moments,
@@ -187,6 +192,9 @@ def _scores_kernel(
     p_scores,
     T,
     H_KV,
+    shares,
+    parts,
+    tiles,
     per_row,
     last_weight,
     stride_mb,
@@ -196,31 +204,30 @@ def _scores_kernel(
     stride_vd,
     D_V: tl.constexpr,
     BLOCK_D_V: tl.constexpr,
-    SHARES: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-    TILES: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """The scores of some tiles of tokens."""
     pair = tl.program_id(1)
     batch, kv_head = tl.cast(pair // H_KV, tl.int64), tl.cast(pair % H_KV, tl.int64)
     pairs = tl.cast(tl.num_programs(1), tl.int64)
-    part, d = tl.arange(0, BLOCK_PARTS), tl.arange(0, BLOCK_D_V)
-    p_parts = p_outputs + (tl.cast(pair, tl.int64) * PARTS + part)[:, None] * BLOCK_D_V + d[None, :]
-    output = tl.sum(tl.load(p_parts, mask=(part < PARTS)[:, None], other=0.0), 0)
+    part, d = tl.arange(0, PARTS_AT_ONCE), tl.arange(0, BLOCK_D_V)
+    p_parts = p_outputs + (tl.cast(pair, tl.int64) * parts + part)[:, None] * BLOCK_D_V + d[None, :]
+    sums = tl.zeros([PARTS_AT_ONCE, BLOCK_D_V], tl.float32)
+    for start in range(0, parts, PARTS_AT_ONCE):
+        sums += tl.load(p_parts + start * BLOCK_D_V, mask=(start + part < parts)[:, None], other=0.0)
+    output = tl.sum(sums, 0)
     p_values += batch * stride_vb + kv_head * stride_vh
     stride = 2 * pairs * T
-    first = tl.program_id(0) * TILES * BLOCK_T
-    for start in range(first, tl.minimum(first + TILES * BLOCK_T, T), BLOCK_T):
+    first = tl.program_id(0) * tiles * BLOCK_T
+    for start in range(first, tl.minimum(first + tiles * BLOCK_T, T), BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         m_t = t < T
         row = tl.cast(pair, tl.int64) * T + t
         values = tl.cast(load_rows(p_values, t, m_t, stride_vt, stride_vd, D_V, BLOCK_D_V), tl.float32)
         offsets = tl.where((d < D_V)[None, :], values - output[None, :], 0.0)
         distance = tl.sqrt(tl.sum(offsets * offsets, 1))
-        mean = _total(p_moments + row, m_t, stride, SHARES) * per_row
-        square = _total(p_moments + pairs * T + row, m_t, stride, SHARES) * per_row
+        mean = _total(p_moments + row, m_t, stride, shares) * per_row
+        square = _total(p_moments + pairs * T + row, m_t, stride, shares) * per_row
         last_mean = tl.load(p_last_moments + row, mask=m_t, other=0.0)
         last_square = tl.load(p_last_moments + pairs * T + row, mask=m_t, other=0.0)
         scores = (_per_remaining(mean, square) + last_weight * _per_remaining(last_mean, last_square)) * distance
@@ -255,26 +262,37 @@ def value_scores(
     """
     problem = problem_of(proxy_queries, last_query, keys, scaling, softcap, sinks, valid)
     gpu = gpu_of(keys.device)
-    first, second = tiles or choose_value_tiles(problem.constants["BLOCK_D"], keys.element_size(), keys.shape[2], gpu)
+    size = problem.constants["BLOCK_D"], keys.element_size()
+    first, second = tiles or choose_value_tiles(*size, keys.shape[2], gpu)
+    all_first, all_second = tiles_of_all_lengths(choose_value_tiles, *size, gpu)
     with torch.cuda.device_of(keys):
-        shifts = log_sums(problem, first, gpu.multiprocessors)
-        moments, last_moments = _moments(problem, second, shifts, gpu.multiprocessors)
+        shifts = log_sums(problem, first, all_first, gpu.multiprocessors)
+        moments, last_moments = _moments(problem, second, all_second, shifts, gpu.multiprocessors)
         return _scores(problem, values, moments, last_moments, last_weight, gpu.multiprocessors)
 
 
 def _moments(
-    problem: Problem, tiles: Tiles, shifts: torch.Tensor, multiprocessors: int
+    problem: Problem, tiles: Tiles, others: tuple[Tiles, ...], shifts: torch.Tensor, multiprocessors: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(shares, 2, B, H_kv, T): sums of weights and of their squares; (2, B, H_kv, T): means for the last queries."""
     proxies, _, keys, _ = problem.tensors
     count = proxies.shape[2]
     batch, kv_heads, tokens, _ = keys.shape
-    tiles = tiles._replace(streamed=min(tiles.streamed, max(triton.next_power_of_2(count), 16)))
-    blocks, steps = triton.cdiv(tokens, tiles.kept), triton.cdiv(count, tiles.streamed) * problem.constants["R"]
+    most = max(next_power_of_2(count), 16)
+
+    def constants_of(tiles: Tiles) -> dict[str, Any]:
+        tiles = tiles._replace(streamed=min(tiles.streamed, most))
+        is_even = count % tiles.streamed == 0
+        return {**problem.constants, "EVEN": is_even, **launch_options(tiles, "BLOCK_T", "BLOCK_Q")}
+
+    tiles = tiles._replace(streamed=min(tiles.streamed, most))
+    blocks, steps = divided_up(tokens, tiles.kept), divided_up(count, tiles.streamed) * problem.constants["R"]
     shares, steps_per_program = split(blocks * problem.pairs, steps, multiprocessors)
     moments = keys.new_empty((shares, 2, batch, kv_heads, tokens), dtype=torch.float32)
     last_moments = keys.new_empty((2, batch, kv_heads, tokens), dtype=torch.float32)
-    _moments_kernel[blocks, shares, problem.pairs](
+    launch(
+        _moments_kernel,
+        (blocks, shares, problem.pairs),
         *problem.tensors,
         shifts,
         moments,
@@ -285,9 +303,8 @@ def _moments(
         steps_per_program,
         *problem.scales,
         *problem.strides,
-        **problem.constants,
-        EVEN=count % tiles.streamed == 0,
-        **launch_options(tiles, "BLOCK_T", "BLOCK_Q"),
+        others=lambda: map(constants_of, others),
+        **constants_of(tiles),
     )
     return moments, last_moments
 
@@ -303,18 +320,31 @@ def _scores(
     proxies, _, _, valid = problem.tensors
     batch, kv_heads, tokens, value_dim = values.shape
     per_row = 1.0 / (problem.constants["R"] * proxies.shape[2])
-    block = triton.next_power_of_2(value_dim)
-    tiles = triton.cdiv(tokens, _TOKENS_AT_ONCE)
-    tiles_per_part = triton.cdiv(tiles, min(tiles, _MOST_PARTS))
-    parts = triton.cdiv(tiles, tiles_per_part)
+    block = next_power_of_2(value_dim)
+    tiles = divided_up(tokens, _TOKENS_AT_ONCE)
+    tiles_per_part = divided_up(tiles, min(tiles, _MOST_PARTS))
+    parts = divided_up(tiles, tiles_per_part)
     outputs = values.new_empty((problem.pairs, parts, block), dtype=torch.float32)
-    constants = {"D_V": value_dim, "BLOCK_D_V": block, "SHARES": moments.shape[0], "BLOCK_T": _TOKENS_AT_ONCE}
-    _mean_output_kernel[parts, problem.pairs](
-        moments, values, outputs, tokens, kv_heads, tiles_per_part, per_row, *values.stride(), **constants
+    constants: dict[str, Any] = {"D_V": value_dim, "BLOCK_D_V": block, "BLOCK_T": _TOKENS_AT_ONCE}
+    launch(
+        _mean_output_kernel,
+        (parts, problem.pairs),
+        moments,
+        values,
+        outputs,
+        tokens,
+        kv_heads,
+        tiles_per_part,
+        moments.shape[0],
+        per_row,
+        *values.stride(),
+        **constants,
     )
     scores = values.new_empty((batch, kv_heads, tokens), dtype=torch.float32)
     together = _TILES_PER_PROGRAM if tiles * problem.pairs >= _TILES_PER_PROGRAM * _PROGRAMS else 1
-    _scores_kernel[triton.cdiv(tiles, together), problem.pairs](
+    launch(
+        _scores_kernel,
+        (divided_up(tiles, together), problem.pairs),
         moments,
         last_moments,
         outputs,
@@ -323,13 +353,13 @@ def _scores(
         scores,
         tokens,
         kv_heads,
+        moments.shape[0],
+        parts,
+        together,
         per_row,
-        last_weight,
+        float(last_weight),
         tokens,
         *values.stride(),
         **constants,
-        PARTS=parts,
-        BLOCK_PARTS=triton.next_power_of_2(parts),
-        TILES=together,
     )
     return scores

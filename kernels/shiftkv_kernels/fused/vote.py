@@ -4,7 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .search import find_cut, load_ranks, row_options
+from ..launching import launch
+from ..sizes import divided_up, next_power_of_2
+from .search import ROW_OPTIONS, find_cut, load_ranks, row_options
 
 _TOKENS_PER_PROGRAM = 128
 _GROUPS_AT_ONCE = 32
@@ -67,9 +69,27 @@ def vote(mass: torch.Tensor, threshold: float) -> torch.Tensor:
     cuts = mass.new_empty((pairs * groups, 2), dtype=torch.int32)
     votes = mass.new_empty((batch, kv_heads, tokens))
     with torch.cuda.device_of(mass):
-        _cut_kernel[(pairs * groups,)](mass, cuts, tokens, threshold, 1 - threshold, **row_options(tokens))
-        block_groups = min(triton.next_power_of_2(groups), _GROUPS_AT_ONCE)
-        _count_kernel[triton.cdiv(tokens, _TOKENS_PER_PROGRAM), pairs](
-            mass, cuts, votes, groups, tokens, BLOCK_G=block_groups, BLOCK_T=_TOKENS_PER_PROGRAM
+        launch(
+            _cut_kernel,
+            (pairs * groups,),
+            mass,
+            cuts,
+            tokens,
+            float(threshold),
+            float(1 - threshold),
+            others=lambda: ROW_OPTIONS,
+            **row_options(tokens),
+        )
+        block_groups = min(next_power_of_2(groups), _GROUPS_AT_ONCE)
+        launch(
+            _count_kernel,
+            (divided_up(tokens, _TOKENS_PER_PROGRAM), pairs),
+            mass,
+            cuts,
+            votes,
+            groups,
+            tokens,
+            BLOCK_G=block_groups,
+            BLOCK_T=_TOKENS_PER_PROGRAM,
         )
     return votes

@@ -1,6 +1,7 @@
 """A decoding loop for `generate` that leaves the device nothing to wait for."""
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,11 @@ from ..cache import PrefillSelectionCache
 from ..model.arguments import CACHE_ARGUMENT, CACHE_ARGUMENTS
 from ..model.generation import streamer_of_generate
 from .backend import decoding_backend
-from .masks import StepMasks
+from .block_step import BlockStep, decoding_of
+from .fitting import obstacle_to_blocks
+from .step import Step, WholeStep
+
+_logger = logging.getLogger(__name__)
 
 
 def decode_ahead(
@@ -54,42 +59,87 @@ def decode_ahead(
             is asked for is neither greedy decoding nor sampling, or `input_ids` do not go on with the conversation that
             the cache holds.
     """
-    cache = _checked_cache(model_kwargs, generation_config, synced_gpus)
-    forward = (
-        model.get_compiled_call(generation_config.compile_config or CompileConfig(backend=decoding_backend, mode=None))
-        if model._valid_auto_compile_criteria(model_kwargs, generation_config)
-        else model.__call__
+    return decode_with(
+        _step_of,
+        model,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus,
+        streamer,
+        **model_kwargs,
     )
+
+
+# (model, inputs of the first step, cache, generation_config, what else `generate` passes) -> the steps.
+MakeStep = Callable[[PreTrainedModel, dict[str, Any], PrefillSelectionCache, GenerationConfig, dict[str, Any]], Step]
+
+
+def decode_with(
+    make_step: MakeStep,
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer: BaseStreamer | None = None,
+    **model_kwargs: Any,
+) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    """As `decode_ahead`, with steps of a given make."""
+    cache = _checked_cache(model_kwargs, generation_config, synced_gpus)
     streamer = streamer or streamer_of_generate()
     loop = _Loop(input_ids, logits_processor, stopping_criteria, generation_config)
     outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
-    loop.take(outputs.logits)
+    loop.take(outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device))
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
     del outputs
     if not loop.is_full:
-        step = _Step(model.prepare_inputs_for_generation(loop.ids, next_sequence_length=1, **model_kwargs), cache)
+        inputs = model.prepare_inputs_for_generation(loop.ids, next_sequence_length=1, **model_kwargs)
         with model._optimize_model_for_decode():
-            _run_steps(forward, step, loop, cache, streamer)
+            step = make_step(model, inputs, cache, generation_config, model_kwargs)
+            _run_steps(step, loop, cache, streamer)
     loop.finish(streamer)
     return loop.result(cache)
 
 
-def _run_steps(
-    forward: Callable[..., Any],
-    step: "_Step",
-    loop: "_Loop",
+def _step_of(
+    model: PreTrainedModel,
+    inputs: dict[str, Any],
     cache: PrefillSelectionCache,
-    streamer: BaseStreamer | None,
-) -> None:
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> Step:
+    if not model._valid_auto_compile_criteria(model_kwargs, generation_config):
+        return WholeStep(model.__call__, inputs, cache)
+    config = generation_config.compile_config
+    if config is None:
+        obstacle = obstacle_to_blocks(model, cache, inputs)
+        if obstacle is None:
+            return BlockStep(model, inputs, cache, decoding_of(model))
+        _logger.info("a step of %s is compiled as a whole: %s", type(model).__name__, obstacle)
+        config = CompileConfig(backend=decoding_backend, mode=None)
+    return WholeStep(model.get_compiled_call(config), inputs, cache)
+
+
+def _run_steps(step: Step, loop: "_Loop", cache: PrefillSelectionCache, streamer: BaseStreamer | None) -> None:
     # A token cannot be taken out of a state of all tokens again.
     can_undo = not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
-    for inputs in step.inputs(loop):
+    is_first = True
+    while is_first or not loop.is_full:
+        # A step beyond the end is taken back, but is not worth a move to larger storage.
+        if not is_first and not cache.has_room_for(1) and loop.has_ended():
+            return
+        if not is_first:
+            step.prepare(loop.tokens)
         if not can_undo and loop.has_ended():
             return
-        loop.take(forward(**inputs, return_dict=True).logits)
+        loop.take(step.logits())
         if loop.had_ended(streamer):
             loop.take_back(cache)
             return
+        is_first = False
 
 
 def _checked_cache(
@@ -139,9 +189,13 @@ class _Loop:
         return self._criteria.max_length is not None and self.ids.shape[1] >= self._criteria.max_length
 
     def take(self, logits: torch.Tensor) -> None:
-        """Chooses the next tokens, with nothing that waits for the device unless a stopping criterion does."""
+        """Chooses the next tokens, with nothing that waits for the device unless a stopping criterion does.
+
+        Args:
+            logits: (B, vocabulary), float32; they are kept.
+        """
         config = self._config
-        chosen = logits[:, -1].to(copy=True, dtype=torch.float32, device=self.ids.device)
+        chosen = logits.to(self.ids.device)
         scores = self._processor(self.ids, chosen)
         if config.return_dict_in_generate and config.output_logits:
             self._logits.append(chosen)
@@ -195,29 +249,6 @@ class _Loop:
             logits=tuple(self._logits) if self._config.output_logits else None,
             **{CACHE_ARGUMENT: cache},
         )
-
-
-class _Step:
-    """The inputs of a decoding step, made once and changed in place."""
-
-    def __init__(self, inputs: dict[str, Any], cache: PrefillSelectionCache) -> None:
-        self._inputs = inputs
-        self._cache = cache
-        self._masks = StepMasks(inputs.get("attention_mask"), cache)
-
-    def inputs(self, loop: _Loop) -> Iterator[dict[str, Any]]:
-        """The inputs of one step after another, until the sequences are full."""
-        yield self._inputs
-        while not loop.is_full:
-            # A step beyond the end is taken back, but is not worth a move to larger storage.
-            if not self._cache.has_room_for(1) and loop.has_ended():
-                return
-            self._cache.begin_pass(1)
-            self._inputs["input_ids"].copy_(loop.tokens)
-            if self._inputs.get("position_ids") is not None:
-                self._inputs["position_ids"].add_(1)
-            self._inputs["attention_mask"] = self._masks.next()
-            yield self._inputs
 
 
 class _StepEnd:

@@ -27,7 +27,24 @@ class StepMasks:
 
     def next(self) -> Any:
         """Those of the next step, for which slots have been reserved."""
-        masks = {kind: None if mask is None else mask.next() for kind, mask in self._masks.items()}
+        self.follow_storage()
+        return self.show()
+
+    def follow_storage(self) -> None:
+        """Moves with what slots have been reserved for the next step; nothing of it is the same in every step."""
+        for mask in self._masks.values():
+            if mask is not None:
+                mask.follow_storage()
+
+    @property
+    def current(self) -> Any:
+        """Those of the step that is prepared."""
+        masks = {kind: None if mask is None else mask.mask for kind, mask in self._masks.items()}
+        return masks[""] if self._is_one else masks
+
+    def show(self) -> Any:
+        """Those of the next step; on the device, and the same work in every step for masks of all slots."""
+        masks = {kind: None if mask is None else mask.show() for kind, mask in self._masks.items()}
         return masks[""] if self._is_one else masks
 
 
@@ -45,19 +62,22 @@ class _PaddingMask:
     """A mask (B, columns) with 1 or True for all that is no padding."""
 
     def __init__(self, mask: torch.Tensor) -> None:
-        self._mask = mask
+        self.mask = mask
 
-    def next(self) -> torch.Tensor:
+    def follow_storage(self) -> None:
+        """Nothing: it holds all columns that were seen."""
+
+    def show(self) -> torch.Tensor:
         """One column more."""
-        self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
-        return self._mask
+        self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
+        return self.mask
 
 
 class _StepMask:
     """A mask (B, 1, 1, slots) of True or False, or of what is added to the logits."""
 
     def __init__(self, mask: torch.Tensor, layer: Any) -> None:
-        self._mask = mask
+        self.mask = mask
         self._layer = layer
         self._window = layer.sliding_window if isinstance(layer, WindowLayer) else None
         self._dropped = layer.dropped
@@ -65,19 +85,21 @@ class _StepMask:
         self._shown = True if is_bool else 0.0
         self._hidden = False if is_bool else torch.finfo(mask.dtype).min
 
-    def next(self) -> torch.Tensor:
+    def show(self) -> torch.Tensor:
         """Shows the slot that the next step writes as well, and hides what leaves the window."""
-        self._follow_storage()
         filled = self._layer.filled.view(1)
         if self._window is not None:
             gone = torch.arange(self._layer.slots, device=filled.device) <= filled - self._window
-            self._mask.masked_fill_(gone, self._hidden)
-        return self._mask.index_fill_(-1, filled, self._shown)
+            self.mask.masked_fill_(gone, self._hidden)
+        return self.mask.index_fill_(-1, filled, self._shown)
 
-    def _follow_storage(self) -> None:
+    def follow_storage(self) -> None:
         """Moves with storage that has become larger, or whose tokens have moved to its front."""
         moved = self._layer.dropped - self._dropped
-        more = self._layer.slots - self._mask.shape[-1]
-        if moved or more:
-            self._mask = torch.nn.functional.pad(self._mask[..., moved:], (0, moved + more), value=self._hidden)
-            self._dropped += moved
+        more = self._layer.slots - self.mask.shape[-1]
+        if not moved and not more:
+            return
+        mask = torch.nn.functional.pad(self.mask[..., moved:], (0, moved + more), value=self._hidden)
+        # A recorded step reads its mask where it was.
+        self.mask = mask if more else self.mask.copy_(mask)
+        self._dropped += moved

@@ -11,7 +11,7 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,12 @@ class Handed:
     values: torch.Tensor
     mask: Any
     options: dict[str, Any]
+
+    def in_float32(self) -> "Handed":
+        """The same queries, keys and values in float32, or as they are where they are no less exact."""
+        states = (self.query, self.keys, self.values)
+        query, keys, values = (state.to(torch.promote_types(state.dtype, torch.float32)) for state in states)
+        return replace(self, query=query, keys=keys, values=values)
 
 
 AttentionFunction = Callable[[Handed], torch.Tensor]

@@ -1,5 +1,6 @@
 """Finds the parts of a model that a selecting cache works with."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from .asking import CACHES, parameters_of, takes_query_by_function
 from .parallel import SharedHeads, rank_of
 from .queries import AttentionLayer
 from .rotary import Rotary, rotary_of
+
+# By text model.  What a model's parts are is looked up for the first of its caches only.
+_known: "weakref.WeakKeyDictionary[nn.Module, Decoder]" = weakref.WeakKeyDictionary()
 
 
 class Decoder:
@@ -29,6 +33,7 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, layer_indices: list[int]) -> None:
         text_model: Any = text_decoder(model)
+        self._children = tuple(text_model.children())
         self.blocks: tuple[nn.Module, ...] = tuple(_blocks(text_model))
         config = model.config.get_text_config(decoder=True)
         layer_types = getattr(config, "layer_types", None)
@@ -36,10 +41,12 @@ class Decoder:
         self.rank = rank_of(model)
         heads = SharedHeads.of(config, self.rank)
         self.attention: dict[int, AttentionLayer] = {}
+        self._names: dict[int, str] = {}
         try:
             for index in layer_indices:
+                self._names[index], module = _attention_module(self.blocks[index], index)
                 self.attention[index] = AttentionLayer(
-                    _attention_module(self.blocks[index], index),
+                    module,
                     index,
                     Rotary(rotary_of(text_model, config, index), layer_types[index] if layer_types else None),
                     config.hidden_size,
@@ -53,6 +60,27 @@ class Decoder:
             raise
         self._text_config = config
         self._config = model.config
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, layer_indices: list[int]) -> "Decoder":
+        """The decoder of a model: the one that was found before, as long as the model has the same parts."""
+        text_model = text_decoder(model)
+        known = _known.get(text_model)
+        if known is None or not known._is_still(text_model, model.config, layer_indices):
+            known = _known[text_model] = cls(model, layer_indices)
+        return known
+
+    def _is_still(self, text_model: nn.Module, config: Any, layer_indices: list[int]) -> bool:
+        return (
+            list(self.attention) == layer_indices
+            and self._config is config
+            and self._children == tuple(text_model.children())
+            and self.blocks == tuple(_blocks(text_model))
+            and all(
+                self.blocks[index].get_submodule(name) is self.attention[index].module
+                for index, name in self._names.items()
+            )
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Decoder":
         return self
@@ -118,17 +146,17 @@ def _blocks(decoder: nn.Module) -> Any:
     return None
 
 
-def _attention_module(block: nn.Module, index: int) -> nn.Module:
-    """The module of a block that attends to the tokens before."""
-    found = [module for module in block.modules() if module is not block and hasattr(module, "layer_idx")]
-    found = [module for module in found if any(name in CACHES for name in parameters_of(module))]
-    asked = [module for module in found if takes_query_by_function(module)]
-    rebuilt = [module for module in found if hasattr(module, "q_proj")]
+def _attention_module(block: nn.Module, index: int) -> tuple[str, nn.Module]:
+    """The module of a block that attends to the tokens before, and its name in the block."""
+    inside = [(name, module) for name, module in block.named_modules() if name and hasattr(module, "layer_idx")]
+    found = [each for each in inside if any(name in CACHES for name in parameters_of(each[1]))]
+    asked = [each for each in found if takes_query_by_function(each[1])]
+    rebuilt = [each for each in found if hasattr(each[1], "q_proj")]
     for candidates in (asked, rebuilt):
         if len(candidates) == 1:
             return candidates[0]
     if len(found) == 1:
         return found[0]
-    names = ", ".join(type(module).__name__ for module in found)
+    names = ", ".join(type(module).__name__ for _, module in found)
     what = f"several of its modules attend to tokens ({names})" if found else "none of its modules attends to tokens"
     raise ValueError(f"model: layer {index} ({type(block).__name__}) is not supported: {what}")

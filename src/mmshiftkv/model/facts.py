@@ -190,6 +190,8 @@ def _check_logits(module: nn.Module, handed: Handed) -> None:
     function = eager_function(module)
     if function is None:
         return
+    # In 16 bits what large logits round to would hide what is compared.
+    handed = handed.in_float32()
     options = {**handed.options, "dropout": 0.0, "scaling": _scaling(handed)}
     # Some of these functions need a mask.
     nothing_hidden = handed.query.new_zeros(1, 1, handed.query.shape[2], handed.keys.shape[2])
@@ -283,7 +285,9 @@ def _device_of(module: nn.Module) -> torch.device:
 
 def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
     relative, absolute = (1e-3, 1e-4) if expected.dtype.itemsize >= 4 else (0.05, 0.01)
-    return torch.allclose(found.float(), expected.float(), relative, absolute)
+    # Rotation leaves small numbers of large ones, with the rounding of these.
+    largest = max(float(expected.abs().max()), 1.0)
+    return torch.allclose(found.float(), expected.float(), relative, absolute * largest)
 
 
 def _words(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """A model's rotary embedding, as far as positions to come need it."""
 
 import copy
+import functools
 import inspect
 import weakref
 from typing import Any
@@ -27,7 +28,8 @@ class Rotary:
     """
 
     def __init__(self, module: nn.Module | None, layer_type: str | None) -> None:
-        takes_type = module is not None and "layer_type" in inspect.signature(type(module).forward).parameters
+        kind: Any = type(module)
+        takes_type = module is not None and _takes_layer_type(kind)
         rope_types = getattr(module, "rope_type", None)
         has_none = takes_type and isinstance(rope_types, dict) and layer_type not in rope_types
         self.module = None if has_none else module
@@ -98,7 +100,7 @@ class Rotary:
         assert self.module is not None
         known = _known_steps.setdefault(self.module, {})
         # A model that is converted or moved gets other buffers.
-        buffers = tuple((buffer.data_ptr(), buffer.dtype) for buffer in self.module.buffers())
+        buffers = tuple((buffer.data_ptr(), buffer.dtype) for buffer in self.module.buffers(recurse=False))
         key = (self._layer_type, count, stride, device, buffers)
         if key not in known:
             steps = self._computed_steps(torch.arange(count + 1, device=device)[None] * stride)
@@ -145,6 +147,11 @@ class Rotary:
         rope_type: Any = getattr(self.module, "rope_type", "default")
         kinds = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
         return not any(kind == "longrope" or "dynamic" in kind for kind in kinds)
+
+
+@functools.cache
+def _takes_layer_type(kind: Any) -> bool:
+    return "layer_type" in inspect.signature(kind.forward).parameters
 
 
 def _first(factors: tuple[torch.Tensor, torch.Tensor] | torch.Tensor) -> torch.Tensor:

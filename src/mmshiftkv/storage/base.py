@@ -73,6 +73,11 @@ class SelectedLayer(DynamicLayer, ABC):
         self._kept: torch.Tensor | None = None
 
     @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that is held on the device."""
+        return *(self.allocated or ()), *(() if self._kept is None else (self._kept,))
+
+    @property
     @abstractmethod
     def allocated(self) -> Pair | None:
         """All slots for keys and values, (B, H_kv, slots, D); None before the first token."""

@@ -92,6 +92,11 @@ class StaticLayer(SelectedLayer):
         return self.allocated[0].shape[2]
 
     @property
+    def lengths(self) -> Lengths:
+        """Those of all selected layers."""
+        return self._lengths
+
+    @property
     def filled(self) -> torch.Tensor:
         """Tokens held, 0-d int64: the slot that the next one is written to."""
         return self._lengths.filled

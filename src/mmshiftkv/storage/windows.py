@@ -75,6 +75,11 @@ class WindowLayer(DynamicSlidingWindowLayer):
         return self.allocated[0].shape[2]
 
     @property
+    def lengths(self) -> Lengths | None:
+        """Those of all layers with that window; None while the layer is open."""
+        return self._lengths
+
+    @property
     def filled(self) -> torch.Tensor:
         """Tokens held, 0-d int64: the slot that the next one is written to.  Of a fixed layer."""
         assert self._lengths is not None
@@ -141,6 +146,11 @@ class WindowLayer(DynamicSlidingWindowLayer):
         if self._is_last:
             self._lengths.advance(1)
         return keys, values
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """As in transformers, but for its copy of a number to the device, which would wait for the device."""
+        self._sliding_window_tensor = torch.full((), self.sliding_window, device=key_states.device)
+        super().lazy_initialization(key_states, value_states)
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> Pair:
         if self.is_initialized:
