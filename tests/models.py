@@ -159,8 +159,8 @@ def text_model(model_type: str = "llama", *, attention: str = "sdpa", seed: int 
 
 
 def sinks_or_capping_model(model_type: str, **changes) -> PreTrainedModel:
-    """A decoder of `SINKS_OR_CAPPING`, with full attention in all layers; sinks take about half of the mass."""
-    given = {"layer_types": ["full_attention"] * 3, **SINKS_OR_CAPPING[model_type], **changes}
+    """A decoder like those of `SINKS_OR_CAPPING`, all layers full attention; sinks take about half of the mass."""
+    given = {"layer_types": ["full_attention"] * 3, **SINKS_OR_CAPPING.get(model_type, {}), **changes}
     model = text_model(model_type, attention="eager", **given)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():

@@ -144,7 +144,7 @@ class PrefillSelectionCache(DynamicCache):
     def report(self) -> CacheReport:
         """Tokens seen and stored, bytes stored and saved, by layer and in all; prints as a table."""
         self._warn_of_numbers()
-        return report_of(self.layers)
+        return report_of(self.layers, self._decoder.rank)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes what the cache holds into a file, safetensors with JSON in its metadata.

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .model.parallel import Rank
 from .storage.base import SelectedLayer
 from .storage.windows import WindowLayer
 
@@ -35,9 +36,15 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """All layers of a cache; prints as a table."""
+    """All layers of a cache; prints as a table.
+
+    Attributes:
+        layers: one report each.
+        rank: the process whose part of the cache it is, under tensor parallelism; None: it is the whole cache.
+    """
 
     layers: tuple[LayerReport, ...]
+    rank: Rank | None = None
 
     @property
     def tokens_seen(self) -> int:
@@ -81,6 +88,8 @@ class CacheReport:
             lines.append("* not compressed")
         if self.bytes_reserved:
             lines.append(f"{format_bytes(self.bytes_reserved)} of these bytes are slots for tokens to come")
+        if self.rank is not None:
+            lines.append(f"tensor parallel: bytes are those of {self.rank} alone")
         return "\n".join(lines)
 
 
@@ -101,9 +110,9 @@ def format_bytes(count: int) -> str:
     return f"{size:.2f} GiB"
 
 
-def report_of(layers: Sequence[Any]) -> CacheReport:
-    """The report of a cache's layers."""
-    return CacheReport(tuple(_layer_report(index, layer) for index, layer in enumerate(layers)))
+def report_of(layers: Sequence[Any], rank: Rank | None = None) -> CacheReport:
+    """The report of a cache's layers, and whose they are."""
+    return CacheReport(tuple(_layer_report(index, layer) for index, layer in enumerate(layers)), rank)
 
 
 def _layer_report(index: int, layer: Any) -> LayerReport:

@@ -25,6 +25,8 @@ _LOOKUP = "ALL_ATTENTION_FUNCTIONS"
 _EAGER = "eager_attention_forward"
 # What attention modules call the argument that takes a cache.
 CACHES = (*CACHE_ARGUMENTS, "layer_past")
+# Where transformers defines what it puts in the place of a forward pass whose weights several processes share.
+_SHARING = "transformers.distributed."
 # Arguments that decoders leave at their defaults.
 _UNUSED = (
     "encoder_attention_mask",
@@ -218,9 +220,12 @@ def own_module(module: nn.Module) -> nn.Module:
 def _forward_function(module: nn.Module) -> types.FunctionType | None:
     """The function that computes the module's forward pass, without what wraps it."""
     module = own_module(module)
-    # accelerate puts a forward on the module that moves its weights, which a running pass has done already.
-    is_replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
-    forward: Any = vars(module)["forward"] if is_replaced else type(module).forward
+    forward: Any = vars(module).get("forward")
+    # accelerate puts a forward on the module that moves its weights, which a running pass has done already; tensor
+    # parallelism one that brings in this process's part of them, as `with_weights` does.
+    is_for_weights = hasattr(module, "_hf_hook") or str(getattr(forward, "__module__", None)).startswith(_SHARING)
+    if forward is None or is_for_weights:
+        forward = type(module).forward
     function = inspect.unwrap(getattr(forward, "__func__", forward))
     return function if isinstance(function, types.FunctionType) else None
 

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from .asking import CACHES, parameters_of, takes_query_by_function
+from .parallel import SharedHeads, rank_of
 from .queries import AttentionLayer
 from .rotary import Rotary, rotary_of
 
@@ -23,6 +24,7 @@ class Decoder:
     Attributes:
         blocks: decoder blocks, in order.
         attention: AttentionLayer by layer index, for the layers asked for.
+        rank: which of the processes that share the model this is; None: there is but one.
 
     Raises:
         ValueError: the model is an encoder-decoder, or lacks something the method needs; the message names it.
@@ -36,17 +38,26 @@ class Decoder:
         config = model.config.get_text_config(decoder=True)
         layer_types = getattr(config, "layer_types", None)
         last_position = (getattr(config, "max_position_embeddings", None) or 1) - 1
+        self.rank = rank_of(model)
+        heads = SharedHeads.of(config, self.rank)
         self.attention: dict[int, AttentionLayer] = {}
         self._names: dict[int, str] = {}
-        for index in layer_indices:
-            self._names[index], module = _attention_module(self.blocks[index], index)
-            self.attention[index] = AttentionLayer(
-                module,
-                index,
-                Rotary(rotary_of(text_model, config, index), layer_types[index] if layer_types else None),
-                config.hidden_size,
-                last_position,
-            )
+        try:
+            for index in layer_indices:
+                self._names[index], module = _attention_module(self.blocks[index], index)
+                self.attention[index] = AttentionLayer(
+                    module,
+                    index,
+                    Rotary(rotary_of(text_model, config, index), layer_types[index] if layer_types else None),
+                    config.hidden_size,
+                    last_position,
+                    heads,
+                )
+        except ValueError as error:
+            # Heads that were cut in pieces fail in many ways, none of which says so.
+            if heads.obstacle:
+                raise ValueError(f"model: {type(model).__name__} is not supported: {heads.obstacle}") from error
+            raise
         self._text_config = config
         self._config = model.config
 

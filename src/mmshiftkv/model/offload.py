@@ -7,14 +7,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from .parallel import with_local_parameters
+
 
 @contextlib.contextmanager
 def with_weights(module: nn.Module) -> Iterator[None]:
-    """Brings in the module's own weights for a while if accelerate keeps them elsewhere; its parts do so themselves."""
+    """Brings in the module's own weights for a while if accelerate keeps them elsewhere, or several processes share it.
+
+    Its parts do so themselves.
+    """
     hook: Any = getattr(module, "_hf_hook", None)
     is_away = any(parameter.device.type == "meta" for parameter in module.parameters(recurse=False))
     if hook is None or not is_away:
-        yield
+        with with_local_parameters(getattr(module, "_orig_mod", module)):  # of a compiled module its own
+            yield
         return
     hook.pre_forward(module)
     try:

@@ -12,6 +12,7 @@ from shiftkv_kernels import rotate_queries
 from .asking import StoredTokens, ask, parameters_of
 from .facts import Facts, look_at
 from .offload import with_weights
+from .parallel import SharedHeads
 from .positions import Factors, Positions, map_factors
 from .precision import PLAIN_DTYPES
 from .rebuilding import Rebuilder
@@ -32,15 +33,25 @@ class AttentionLayer:
         rotary: the decoder's rotary embedding for this layer.
         hidden_size: features of the module's input.
         last_position: the highest position that the model is made for.
+        heads: the KV heads of the model, of which a process may hold a part.
 
     Raises:
         ValueError: it is not understood how the module makes its queries; the message says why.
     """
 
-    def __init__(self, module: nn.Module, index: int, rotary: Rotary, hidden_size: int, last_position: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        index: int,
+        rotary: Rotary,
+        hidden_size: int,
+        last_position: int,
+        heads: SharedHeads,
+    ) -> None:
         self.module = module
         self.index = index
         self.rotary = rotary
+        self.heads = heads
         self._hidden_size = hidden_size
         self.parameters = parameters_of(module)
         if module not in _known:

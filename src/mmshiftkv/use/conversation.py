@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..cache import PrefillSelectionCache
+from ..model.parallel import rank_of
 from ..report import CacheReport
 from .ending import Ending
 from .media import checked_images, checked_question, checked_videos
@@ -108,7 +109,8 @@ class Conversation:
             images: an image or several, shown before the question; in a batch a list of such for each row, or None.
             videos: several videos, each a list of frames; in a batch as `images`.
             stream: give the pieces of the answer as they come.  The turn has begun when this returns, and comes to its
-                end whether they are read or not; `close()` of the iterator ends it early.
+                end whether they are read or not; `close()` of the iterator ends it early, but for a model that
+                several processes share.
             options: other `max_new_tokens`, `stop` and options of `generate` for this turn.
 
         Raises:
@@ -129,7 +131,7 @@ class Conversation:
             return self._turn
 
         if stream:
-            return AnswerStream(start, self._template.tokenizer, ending)
+            return AnswerStream(start, self._template.tokenizer, ending, rank_of(self._model))
         turn = start()
         try:
             answers = turn.result()

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TextIteratorStreamer
 
+from ..model.parallel import Rank
 from .ending import Ending
 
 
@@ -18,9 +19,13 @@ class AnswerStream(Iterator[str]):
         start: begins the turn, with the streamer that it is to write to.
         tokenizer: the processor's.
         ending: of the turn.
+        rank: of this process, if several share the model.
     """
 
-    def __init__(self, start: Callable[[Any], "Future[Any]"], tokenizer: Any, ending: Ending) -> None:
+    def __init__(
+        self, start: Callable[[Any], "Future[Any]"], tokenizer: Any, ending: Ending, rank: Rank | None = None
+    ) -> None:
+        self._rank = rank
         self._streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._ending = ending
         self._turn = start(self._streamer)
@@ -36,6 +41,16 @@ class AnswerStream(Iterator[str]):
             raise
 
     def close(self) -> None:
-        """Ends the answer, and waits until it has ended."""
+        """Ends the answer, and waits until it has ended.
+
+        Raises:
+            RuntimeError: several processes share the model, and the answer has not ended: each would end at another
+                token, and wait for the others for ever.
+        """
+        if self._rank is not None and not self._turn.done():
+            raise RuntimeError(
+                f"close: {self._rank} cannot end an answer early, as the other processes would wait for it; read the "
+                "stream to its end"
+            )
         self._ending.cancel()
         self._turn.result()

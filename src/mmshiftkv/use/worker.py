@@ -19,10 +19,14 @@ _executors: "weakref.WeakKeyDictionary[Any, ThreadPoolExecutor]" = weakref.WeakK
 _lock = threading.Lock()
 
 
-def _prepare_for_graphs() -> None:
-    """Gives this thread what CUDA graphs of torch.compile keep for each: some versions of torch do not (2.11)."""
-    if not torch.cuda.is_available():
+def _prepare_for_graphs(device: torch.device) -> None:
+    """Gives this thread what each has of its own: its current GPU, and what CUDA graphs of torch.compile keep.
+
+    Some versions of torch do not do the latter by themselves (2.11).
+    """
+    if device.type != "cuda":
         return
+    torch.cuda.set_device(device)
     from torch._inductor.cudagraph_trees import local
 
     if not hasattr(local, "tree_manager_containers"):
@@ -34,5 +38,7 @@ def submit(model: PreTrainedModel, work: Callable[[], Result]) -> "Future[Result
     """Has `work` done in the model's thread, behind all that was submitted before."""
     with _lock:
         if model not in _executors:
-            _executors[model] = ThreadPoolExecutor(1, "mmshiftkv", initializer=_prepare_for_graphs)
+            _executors[model] = ThreadPoolExecutor(
+                1, "mmshiftkv", initializer=_prepare_for_graphs, initargs=(model.device,)
+            )
         return _executors[model].submit(work)
