@@ -13,6 +13,8 @@ import torch
 import triton
 from triton.compiler import CompiledKernel
 
+from .replaying import report_launch
+
 _LARGEST_INT32 = 2**31 - 1
 _MOST_LAUNCHES = 8192
 # A compiled kernel, and its constants in the order of its parameters.
@@ -42,6 +44,7 @@ def launch(
     """
     if not isinstance(kernel, triton.JITFunction):  # it is interpreted
         kernel[grid](*arguments, **constants)
+        report_launch(None, arguments)
         return
     device = torch.cuda.current_device()
     key = (
@@ -60,7 +63,10 @@ def launch(
         if len(_launches) >= _MOST_LAUNCHES:
             _launches.clear()
         _launches[key] = known
-    known[0][(*grid, 1, 1)](*arguments, *known[1])
+    compiled, in_order = known
+    runner, given = compiled[(*grid, 1, 1)], (*arguments, *in_order)
+    runner(*given)
+    report_launch(runner, given)
 
 
 def _find(

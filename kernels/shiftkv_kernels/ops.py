@@ -123,11 +123,15 @@ def value_scores(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
+    has_sink: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """What each token gives to the output of proxies (B, H, N, D) and last query (B, H, 1, D): (B, H_kv, T)."""
+    """What each token gives to the output of proxies (B, H, N, D) and last query (B, H, 1, D): (B, H_kv, T).
+
+    `has_sink`, (B, H_kv) bool, is set to whether any of a KV head's tokens is an attention sink.
+    """
     logits = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
-    arguments: dict[str, Any] = {**logits, "last_weight": last_weight, "valid": valid}
+    arguments: dict[str, Any] = {**logits, "last_weight": last_weight, "valid": valid, "has_sink": has_sink}
     if takes_triton(backend, keys.device, unless=_no_product(keys, values)):
         return _fused("value_scores")(proxy_queries, last_query, keys, values, **arguments)
     return reference.value_scores(proxy_queries, last_query, keys, values, **arguments)
@@ -166,26 +170,34 @@ def refit_values(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
+    unchanged: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Values (B, H_kv, C, D_v) of the tokens `kept` with which these give queries what the whole prompt gave them."""
+    """Values (B, H_kv, C, D_v) of the tokens `kept` with which these give queries what the whole prompt gave them.
+
+    KV heads that `unchanged`, (B, H_kv) bool, names keep their values.
+    """
     logits = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
-    arguments: dict[str, Any] = {**logits, "ridge": ridge, "steps": steps, "valid": valid}
+    arguments: dict[str, Any] = {**logits, "ridge": ridge, "steps": steps, "valid": valid, "unchanged": unchanged}
     if takes_triton(backend, keys.device, unless=_no_product(keys, values)):
         return _fused("refit_values")(queries, outputs, keys, values, kept, **arguments)
     return reference.refit_values(queries, outputs, keys, values, kept, **arguments)
 
 
 @checked_once(required.of_vote)
-def vote(mass: torch.Tensor, threshold: float, *, backend: str = "auto") -> torch.Tensor:
+def vote(
+    mass: torch.Tensor, threshold: float, last_mass: torch.Tensor | None = None, *, backend: str = "auto"
+) -> torch.Tensor:
     """How many of the groups need each token to reach `threshold` of their mass: (B, H_kv, T) of (B, H_kv, G, T).
+
+    `last_mass`, (B, H_kv, T), is added to that.
 
     The kernel rounds sums of masses otherwise than the reference: where rounding decides whether a group's share is
     reached at one token or only at the next, the group may cast a vote more or less.
     """
     if takes_triton(backend, mass.device):
-        return _fused("vote")(mass, threshold)
-    return reference.vote(mass, threshold)
+        return _fused("vote")(mass, threshold, last_mass)
+    return reference.vote(mass, threshold, last_mass)
 
 
 @checked_once(required.of_keep_best)

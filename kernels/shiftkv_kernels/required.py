@@ -5,6 +5,7 @@ import math
 import torch
 
 from .checks import (
+    check_contiguous,
     check_device,
     check_dtype,
     check_flag,
@@ -106,6 +107,7 @@ def of_value_scores(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
+    has_sink: torch.Tensor | None = None,
 ) -> None:
     """Checks the arguments of `value_scores`."""
     if _check_queries(proxy_queries, last_query)[2] == 0:
@@ -114,6 +116,7 @@ def of_value_scores(
     check_logits("proxy_queries", proxy_queries, scaling, softcap, sinks)
     if not 0 <= last_weight < math.inf:
         raise ValueError(f"last_weight={last_weight!r} must be at least 0, and finite")
+    _check_heads("has_sink", has_sink, keys)
 
 
 def of_attend(
@@ -145,6 +148,7 @@ def of_refit_values(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
+    unchanged: torch.Tensor | None = None,
 ) -> None:
     """Checks the arguments of `refit_values`."""
     of_attend(queries, keys, values, scaling=scaling, softcap=softcap, sinks=sinks, valid=valid)
@@ -156,13 +160,18 @@ def of_refit_values(
     check_device("kept", kept, "keys", keys)
     check_positive("ridge", ridge)
     check_positive("steps", steps)
+    _check_heads("unchanged", unchanged, keys)
 
 
-def of_vote(mass: torch.Tensor, threshold: float) -> None:
+def of_vote(mass: torch.Tensor, threshold: float, last_mass: torch.Tensor | None = None) -> None:
     """Checks the arguments of `vote`."""
     check_shape("mass", mass, "(B, H_kv, G, T)", (None, None, None, None))
     check_dtype("mass", mass, torch.float32)
     check_positive("threshold", threshold, most=1)
+    if last_mass is not None:
+        check_shape("last_mass", last_mass, "(B, H_kv, T)", (*mass.shape[:2], mass.shape[3]))
+        check_dtype("last_mass", last_mass, torch.float32)
+        check_device("last_mass", last_mass, "mass", mass)
 
 
 def of_keep_best(
@@ -201,6 +210,15 @@ def of_gather(
         check_out(out, keys, values, indices.shape[2])
     check_valid(valid, "keys", keys, keys.shape[0], keys.shape[2])
     check_flag(not_finite, "keys", keys)
+
+
+def _check_heads(name: str, flags: torch.Tensor | None, keys: torch.Tensor) -> None:
+    """Raises ValueError unless `flags` is None or says something of each KV head of the keys."""
+    if flags is not None:
+        check_shape(name, flags, "(B, H_kv)", keys.shape[:2])
+        check_dtype(name, flags, torch.bool)
+        check_device(name, flags, "keys", keys)
+        check_contiguous(name, flags)
 
 
 def _check_queries(proxy_queries: torch.Tensor, last_query: torch.Tensor) -> torch.Size:

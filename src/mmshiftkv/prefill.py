@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from shiftkv_kernels import keep_best
+from shiftkv_kernels.replaying import Replays
 
 from .checks import tokens_to_keep
 from .finite import FiniteCheck
@@ -77,6 +78,7 @@ class Prefill:
         self._padding: PromptPadding | None = None
         self._summaries: dict[int, Any] = {}
         self._side = SideStream()
+        self._replays = Replays()
         self.finite = FiniteCheck()
 
     @property
@@ -241,21 +243,44 @@ class Prefill:
         """Hands over to storage what is kept of a complete prompt."""
         kept = refitted = valid = not_finite = None
         tokens = keys.shape[2]
-        count = tokens_to_keep(self._settings.budget, tokens)
-        if count < tokens:
+        if not self._covers(tokens):
             assert self._padding is not None
             valid = self._padding.valid(keys.device)
             valid = None if valid is None else valid[:, :tokens]
-            attention = self._decoder.attention[index]
-            summary = self._method.prepare(attention, self._summaries[index], valid)
-            attended = attention.attended(keys, values)
-            scores = checked_scores(self._method, self._method.score(attention, summary, *attended, valid), attended[0])
-            scores = attention.of_stored(scores, keys.shape[1])
             not_finite = self.finite.flag(keys.device)
-            kept = keep_best(scores, count, valid, not_finite=not_finite, backend=self._settings.backend)
-            if not attention.stores_latents:
-                refitted = self._method.refit(attention, summary, keys, values, kept, valid)
-                refitted = checked_values(self._method, refitted, values, kept)
+            kept, refitted = self._choose(index, keys, values, valid, not_finite)
         self._summaries.pop(index, None)
         self._ended += 1
         return self._storage.store(index, layer, Selection(kept, keys, values, refitted, valid, not_finite))
+
+    def _choose(
+        self,
+        index: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        valid: torch.Tensor | None,
+        not_finite: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The columns (B, H_kv, C) to keep, and values to hold in place of theirs, if there are such."""
+        method, attention = self._method, self._decoder.attention[index]
+        count = tokens_to_keep(self._settings.budget, keys.shape[2])
+        summary = method.prepare(attention, self._summaries[index], valid)
+
+        def choose() -> tuple[torch.Tensor, torch.Tensor | None]:
+            attended = attention.attended(keys, values)
+            scores = checked_scores(method, method.score(attention, summary, *attended, valid), attended[0])
+            scores = attention.of_stored(scores, keys.shape[1])
+            kept = keep_best(scores, count, valid, not_finite=not_finite, backend=self._settings.backend)
+            if attention.stores_latents:
+                return kept, None
+            refitted = method.refit(attention, summary, keys, values, kept, valid)
+            return kept, checked_values(method, refitted, values, kept)
+
+        read = method.read(summary) if keys.device.type == "cuda" and not attention.stores_latents else None
+        if read is None:
+            return choose()
+        tensors, others = read
+        key = (others, count, attention.scaling, attention.softcap)
+        kept, refitted = self._replays.run(choose, (*tensors, keys, values, valid, not_finite, attention.sinks), key)
+        assert kept is not None
+        return kept, refitted

@@ -206,6 +206,7 @@ def refit_values(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
+    unchanged: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `reference.refit_values`, on a GPU: float32, bfloat16 or float16, head dims up to 256, positive scaling."""
     queries, keys = whole_features(queries), whole_features(keys)
@@ -217,7 +218,8 @@ def refit_values(
         outputs, scales = outputs.contiguous(), logit_scales(scaling, softcap)
         sinks = None if sinks is None else sinks.contiguous()
         attention, missing = _missing(queries, outputs, keys, values, kept, scales, sinks, valid)
-        return solve(*_products(attention, missing), values, kept, ridge, steps)
+        flags = None if unchanged is None else unchanged.view(torch.uint8)
+        return solve(*_products(attention, missing), values, kept, flags, ridge, steps)
 
 
 def _missing(

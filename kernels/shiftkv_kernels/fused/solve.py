@@ -41,8 +41,10 @@ def _ratio(left, right):
 
 
 @triton.jit
-def _store_refitted(p_v, p_kept, p_refitted, change, c, d, C, stride_vt, D_V):
+def _store_refitted(p_v, p_kept, p_unchanged, p_refitted, change, c, d, C, stride_vt, D_V):
     """Stores the kept values with their changes, for the kept tokens c and the features d."""
+    if p_unchanged is not None:
+        change = tl.where(tl.load(p_unchanged) != 0, 0.0, change)
     mask = (c < C)[:, None] & (d < D_V)[None, :]
     token = tl.load(p_kept + c, mask=c < C, other=0)
     values = finite(tl.load(p_v + token[:, None] * stride_vt, mask=mask, other=0.0))
@@ -57,6 +59,7 @@ def _solve_kernel(
     p_right,
     p_values,
     p_kept,
+    p_unchanged,
     p_refitted,
     C,
     H_KV,
@@ -94,7 +97,9 @@ def _solve_kernel(
         direction = scaled + _ratio(smaller, size)[None, :] * direction
         size = smaller
     p_v = p_values + batch * stride_vb + kv_head * stride_vh + tl.cast(d, tl.int64)[None, :] * stride_vd
-    _store_refitted(p_v, p_kept + pair * C, p_refitted + pair * C * D_V, change, c, d, C, stride_vt, D_V)
+    if p_unchanged is not None:
+        p_unchanged += pair
+    _store_refitted(p_v, p_kept + pair * C, p_unchanged, p_refitted + pair * C * D_V, change, c, d, C, stride_vt, D_V)
 
 
 @triton.jit
@@ -106,6 +111,7 @@ def _solve_in_blocks_kernel(
     p_change,
     p_values,
     p_kept,
+    p_unchanged,
     p_refitted,
     C,
     H_KV,
@@ -184,15 +190,25 @@ def _solve_in_blocks_kernel(
             tl.store(p_direction + offset, direction, mask=mask)
         tl.debug_barrier()
     p_v = p_values + batch * stride_vb + kv_head * stride_vh + tl.cast(d, tl.int64)[None, :] * stride_vd
+    if p_unchanged is not None:
+        p_unchanged += pair
     for start in range(0, C, BLOCK_C):
         c = start + block
         offset, mask = o_pair + tl.cast(c, tl.int64)[:, None] * D_V, (c < C)[:, None] & (d < D_V)[None, :]
         change = tl.load(p_change + offset, mask=mask, other=0.0)
-        _store_refitted(p_v, p_kept + pair * C, p_refitted + pair * C * D_V, change, c, d, C, stride_vt, D_V)
+        _store_refitted(
+            p_v, p_kept + pair * C, p_unchanged, p_refitted + pair * C * D_V, change, c, d, C, stride_vt, D_V
+        )
 
 
 def solve(
-    gram: torch.Tensor, right: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, ridge: float, steps: int
+    gram: torch.Tensor,
+    right: torch.Tensor,
+    values: torch.Tensor,
+    kept: torch.Tensor,
+    unchanged: torch.Tensor | None,
+    ridge: float,
+    steps: int,
 ) -> torch.Tensor:
     """The kept values with their changes.
 
@@ -201,6 +217,7 @@ def solve(
         right: (pairs, C, D_v) float32, products of that attention with what is missing; it is written over.
         values: (B, H_kv, T, D_v).
         kept: (B, H_kv, C) int64, contiguous.
+        unchanged: (B, H_kv) uint8, 1 for KV heads that keep their values; None: none does.
         ridge, steps: as for `reference.refit_values`.
 
     Returns:
@@ -209,7 +226,7 @@ def solve(
     pairs, count, value_dim = right.shape
     refitted = values.new_empty((*kept.shape, value_dim))
     grid = divided_up(value_dim, _FEATURES), pairs
-    arguments = values, kept, refitted, count, values.shape[1], float(ridge), steps, *values.stride()
+    arguments = values, kept, unchanged, refitted, count, values.shape[1], float(ridge), steps, *values.stride()
     if count <= MOST_ON_CHIP:
         block = max(next_power_of_2(count), 16)
         launch(

@@ -147,6 +147,7 @@ def _mean_output_kernel(
     p_moments,
     p_values,
     p_outputs,
+    p_has_sink,
     T,
     H_KV,
     tiles_per_part,
@@ -160,8 +161,10 @@ def _mean_output_kernel(
     BLOCK_D_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """What a part of the tokens gives to the proxies' mean output."""
+    """What a part of the tokens gives to the proxies' mean output; nothing is known of sinks yet."""
     part, pair = tl.program_id(0), tl.program_id(1)
+    if p_has_sink is not None:
+        tl.store(p_has_sink + pair, tl.cast(0, tl.uint8), mask=part == 0)
     batch, kv_head = tl.cast(pair // H_KV, tl.int64), tl.cast(pair % H_KV, tl.int64)
     stride = 2 * tl.cast(tl.num_programs(1), tl.int64) * T
     p_moments += tl.cast(pair, tl.int64) * T
@@ -190,6 +193,7 @@ def _scores_kernel(
     p_values,
     p_valid,
     p_scores,
+    p_has_sink,
     T,
     H_KV,
     shares,
@@ -238,6 +242,10 @@ def _scores_kernel(
             is_valid = tl.load(p_valid + batch * stride_mb + t, mask=m_t, other=0) != 0
             scores = tl.where(is_valid, scores, 0.0)
         tl.store(p_scores + row, scores, mask=m_t)
+        if p_has_sink is not None:
+            # All programs that store anything store the same.
+            sinks = tl.sum(tl.where(m_t & (scores >= SINK_SCORE), 1, 0), 0)
+            tl.store(p_has_sink + pair, tl.cast(1, tl.uint8), mask=sinks > 0)
 
 
 def value_scores(
@@ -251,6 +259,7 @@ def value_scores(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
+    has_sink: torch.Tensor | None = None,
     tiles: tuple[Tiles, Tiles] | None = None,
 ) -> torch.Tensor:
     """As `reference.value_scores`, on a GPU: float32, bfloat16 or float16, head dims up to 256, positive scaling.
@@ -268,7 +277,8 @@ def value_scores(
     with torch.cuda.device_of(keys):
         shifts = log_sums(problem, first, all_first, gpu.multiprocessors)
         moments, last_moments = _moments(problem, second, all_second, shifts, gpu.multiprocessors)
-        return _scores(problem, values, moments, last_moments, last_weight, gpu.multiprocessors)
+        flags = None if has_sink is None else has_sink.view(torch.uint8)
+        return _scores(problem, values, moments, last_moments, last_weight, flags)
 
 
 def _moments(
@@ -315,7 +325,7 @@ def _scores(
     moments: torch.Tensor,
     last_moments: torch.Tensor,
     last_weight: float,
-    multiprocessors: int,
+    has_sink: torch.Tensor | None,
 ) -> torch.Tensor:
     proxies, _, _, valid = problem.tensors
     batch, kv_heads, tokens, value_dim = values.shape
@@ -332,6 +342,7 @@ def _scores(
         moments,
         values,
         outputs,
+        has_sink,
         tokens,
         kv_heads,
         tiles_per_part,
@@ -351,6 +362,7 @@ def _scores(
         values,
         valid,
         scores,
+        has_sink,
         tokens,
         kv_heads,
         moments.shape[0],

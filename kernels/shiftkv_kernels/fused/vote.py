@@ -36,7 +36,7 @@ def _cut_kernel(p_mass, p_cuts, T, threshold, remainder, BLOCK: tl.constexpr, RE
 
 
 @triton.jit(do_not_specialize=["T"])
-def _count_kernel(p_mass, p_cuts, p_votes, G, T, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr):
+def _count_kernel(p_mass, p_cuts, p_last_mass, p_votes, G, T, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr):
     """How many groups vote for each of a tile of tokens."""
     pair = tl.cast(tl.program_id(1), tl.int64)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -54,10 +54,12 @@ def _count_kernel(p_mass, p_cuts, p_votes, G, T, BLOCK_G: tl.constexpr, BLOCK_T:
         cut_index = tl.load(p_cuts + 2 * row + 1, mask=m_group, other=-1)
         is_tie = (ranks == cut_rank[:, None]) & (t[None, :] <= cut_index[:, None])
         votes += tl.sum(tl.where((ranks > cut_rank[:, None]) | is_tie, 1.0, 0.0), 0)
+    if p_last_mass is not None:
+        votes += tl.load(p_last_mass + pair * T + t, mask=m_t, other=0.0)
     tl.store(p_votes + pair * T + t, votes, mask=m_t)
 
 
-def vote(mass: torch.Tensor, threshold: float) -> torch.Tensor:
+def vote(mass: torch.Tensor, threshold: float, last_mass: torch.Tensor | None = None) -> torch.Tensor:
     """As `reference.vote`, on a GPU.
 
     Sums of a group's masses are rounded in another order there than here, so where a group's share is reached to
@@ -86,6 +88,7 @@ def vote(mass: torch.Tensor, threshold: float) -> torch.Tensor:
             (divided_up(tokens, _TOKENS_PER_PROGRAM), pairs),
             mass,
             cuts,
+            None if last_mass is None else last_mass.contiguous(),
             votes,
             groups,
             tokens,

@@ -125,7 +125,7 @@ def softmax_with_sinks(logits: torch.Tensor, sinks: torch.Tensor | None) -> torc
     return torch.cat([logits, sinks.expand(*logits.shape[:-1], 1)], dim=-1).softmax(dim=-1)[..., :-1]
 
 
-def vote(mass: torch.Tensor, threshold: float) -> torch.Tensor:
+def vote(mass: torch.Tensor, threshold: float, last_mass: torch.Tensor | None = None) -> torch.Tensor:
     """How many groups need each token to reach their share of the mass (method, step 5).
 
     A group votes for the minimal set of tokens, largest mass first, that holds `threshold` of the group's total.  That
@@ -135,12 +135,14 @@ def vote(mass: torch.Tensor, threshold: float) -> torch.Tensor:
     Args:
         mass: (B, H_kv, G, T) float32, not negative.
         threshold: share of each group's total, in (0, 1].
+        last_mass: (B, H_kv, T) float32, that of the last query, which is added to the votes (step 6); None: nothing is.
 
     Returns:
-        Votes (B, H_kv, T) float32, whole numbers from 0 to G.
+        Votes (B, H_kv, T) float32, whole numbers from 0 to G without `last_mass`.
     """
     ordered, order = mass.sort(dim=-1, descending=True, stable=True)
     reached = ordered.cumsum(dim=-1)
     before = torch.nn.functional.pad(reached[..., :-1], (1, 0))
     needed = before < threshold * reached[..., -1:]
-    return torch.zeros_like(mass).scatter_(-1, order, needed.to(mass.dtype)).sum(dim=-2)
+    votes = torch.zeros_like(mass).scatter_(-1, order, needed.to(mass.dtype)).sum(dim=-2)
+    return votes if last_mass is None else votes + last_mass

@@ -30,6 +30,7 @@ def value_scores(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
+    has_sink: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What each token gives to the output of the proxies and of the last query (method, steps 7 and 8).
 
@@ -41,6 +42,7 @@ def value_scores(
         last_weight: factor on what a token gives to the last query.
         softcap, sinks: as for `group_mass`.
         valid: (B, T) bool, False for padding; None when there is none.
+        has_sink: (B, H_kv) bool, is set to whether any token of the KV head is an attention sink.
 
     Returns:
         (B, H_kv, T) float32, 0 for padding, NaN for tokens whose key or value is not finite.  Attention sinks, tokens
@@ -54,7 +56,10 @@ def value_scores(
     scores = torch.where(mean > SINK_MASS, SINK_SCORE * (1 + mean), shares * distance)
     usable = keys.isfinite().all(dim=-1) & values.isfinite().all(dim=-1)
     scores = scores.masked_fill(~usable, torch.nan)
-    return scores if valid is None else scores.masked_fill(~valid[:, None], 0)
+    scores = scores if valid is None else scores.masked_fill(~valid[:, None], 0)
+    if has_sink is not None:
+        has_sink.copy_((scores >= SINK_SCORE).any(dim=-1))
+    return scores
 
 
 def _moments(queries: torch.Tensor, columns: Columns) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,6 +119,7 @@ def refit_values(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
+    unchanged: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Values with which the kept tokens give queries what the whole prompt gave them (method, step 9).
 
@@ -130,6 +136,7 @@ def refit_values(
         steps: of the conjugate gradients.
         softcap, sinks: as for `group_mass`.
         valid: (B, T) bool, False for padding; None when there is none.
+        unchanged: (B, H_kv) bool, KV heads that keep their values; None: none does.
 
     Returns:
         (B, H_kv, C, D_v) of the dtype of the values.
@@ -147,6 +154,8 @@ def refit_values(
     squares = gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     penalty = ridge * _usual(squares.squeeze(-1))[..., None, None]
     change = _conjugate_gradients(gram, squares, penalty, attention.transpose(-1, -2) @ missing, steps)
+    if unchanged is not None:
+        change = change.masked_fill(unchanged[..., None, None], 0)
     return (kept_values.float() + change).to(values.dtype)
 
 

@@ -1,6 +1,7 @@
 """What a method is: from what a layer saw of a prompt to a score for each of its tokens."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -42,6 +43,17 @@ class Method(ABC):
             valid: (B, T) bool, False for padding; None when there is none.
         """
         return summary
+
+    def read(self, summary: Any) -> tuple[tuple[torch.Tensor, ...], Hashable] | None:
+        """What `score` and `refit` read of a summary: tensors, and all else.
+
+        Where both do nothing but call operations of `shiftkv_kernels`, their launches can be repeated for other layers.
+        None, the default: they may do anything, and are called for every layer.
+
+        Args:
+            summary: what `prepare` returned.
+        """
+        return None
 
     @abstractmethod
     def score(

@@ -1,13 +1,14 @@
 """MM-ShiftKV: query proxies, and what a prompt's tokens give to them."""
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from shiftkv_kernels import attend, draw_samples, gather, group_mass, refit_values, token_statistics, value_scores, vote
-from shiftkv_kernels.reference.values import SINK_MASS, SINK_SCORE
+from shiftkv_kernels import attend, draw_samples, group_mass, refit_values, token_statistics, value_scores, vote
+from shiftkv_kernels.reference.values import SINK_MASS
 
 from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
@@ -90,6 +91,10 @@ class ShiftKV(Method):
         )
         return Proxies(rotated, last_query, groups)
 
+    def read(self, summary: Proxies) -> tuple[tuple[torch.Tensor, ...], Hashable]:
+        """The queries, and how many groups they are in."""
+        return (summary.queries, summary.last_query), summary.groups
+
     def score(
         self,
         layer: AttentionLayer,
@@ -103,8 +108,10 @@ class ShiftKV(Method):
             mass, last_mass = self.attention_mass(layer, summary, keys, valid)
             if self.config.refit_queries:
                 summary.has_sink = (mass.mean(dim=2) > SINK_MASS).any(dim=-1)
-            return vote(mass, self.config.mass, backend=self.config.backend) + last_mass
-        scores = value_scores(
+            return vote(mass, self.config.mass, last_mass, backend=self.config.backend)
+        if self.config.refit_queries:
+            summary.has_sink = keys.new_empty(keys.shape[:2], dtype=torch.bool)
+        return value_scores(
             summary.queries.to(keys.dtype),
             summary.last_query.to(keys.dtype),
             keys,
@@ -112,11 +119,9 @@ class ShiftKV(Method):
             **_logits_of(layer),
             last_weight=self.config.last_query_weight,
             valid=valid,
+            has_sink=summary.has_sink,
             backend=self.config.backend,
         )
-        if self.config.refit_queries:
-            summary.has_sink = (scores >= SINK_SCORE).any(dim=-1)
-        return scores
 
     def attention_mass(
         self, layer: AttentionLayer, summary: Proxies, keys: torch.Tensor, valid: torch.Tensor | None
@@ -156,6 +161,7 @@ class ShiftKV(Method):
         queries = summary.queries[:, :, :count].to(keys.dtype)
         given = values.to(keys.dtype)
         outputs = attend(queries, keys, given, **_logits_of(layer), valid=valid, backend=config.backend)
+        assert summary.has_sink is not None
         refitted = refit_values(
             queries,
             outputs,
@@ -166,11 +172,10 @@ class ShiftKV(Method):
             ridge=config.refit_ridge,
             steps=REFIT_STEPS,
             valid=valid,
+            unchanged=summary.has_sink,
             backend=config.backend,
         )
-        assert summary.has_sink is not None
-        plain = gather(keys, values, kept, backend=config.backend)[1]
-        return torch.where(summary.has_sink[..., None, None], plain, refitted.to(values.dtype))
+        return refitted.to(values.dtype)
 
     def _samples(self, index: int, summary: PromptSummary, valid: torch.Tensor | None) -> torch.Tensor:
         """(B, N + 1, d): the samples, and behind them the last token's state."""
