@@ -20,7 +20,7 @@ from shiftkv_kernels.replaying import Replays
 
 from .checks import tokens_to_keep
 from .finite import FiniteCheck
-from .methods.base import Method, checked_scores, checked_values
+from .methods.base import Method, checked_scores, checked_values, what_is_read
 from .model.decoder import Decoder
 from .model.generation import GenerateCall
 from .model.hooks import LayerInput, PrefillHooks
@@ -118,7 +118,7 @@ class Prefill:
                 "use_cache=False, in the call or in the model's generation_config: generate would pass the whole text "
                 "to the cache at every step, with every cache; give use_cache=True"
             )
-        self._hooks.attach(cache, self.join)
+        self._hooks.attach(cache)
 
     def join(self) -> None:
         """Lets the device wait for a selection that runs beside the model's own work."""
@@ -228,7 +228,7 @@ class Prefill:
     ) -> SelectedLayer:
         """As `_select`, beside what the model does next."""
         module = self._decoder.attention[index].module
-        if self._covers(keys.shape[2]) or not takes_side_stream(keys.device, module):
+        if self._covers(keys.shape[2]) or not takes_side_stream(module, keys, values):
             return self._select(index, layer, keys, values)
         assert self._padding is not None
         # What all layers share is made, and the mask is looked at, outside.
@@ -276,7 +276,7 @@ class Prefill:
             refitted = method.refit(attention, summary, keys, values, kept, valid)
             return kept, checked_values(method, refitted, values, kept)
 
-        read = method.read(summary) if keys.device.type == "cuda" and not attention.stores_latents else None
+        read = what_is_read(method, summary) if keys.device.type == "cuda" and not attention.stores_latents else None
         if read is None:
             return choose()
         tensors, others = read

@@ -1,4 +1,4 @@
-"""Selections beside the model's own work: on a GPU they run on a stream of their own, under the layer's attention."""
+"""Selections beside the model's own work: on a GPU they run on a stream of their own, until the next layer's begins."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+_MOST_BYTES = 32 * 2**20
 # By device: one for all caches, so that selections follow one another.
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -48,13 +49,15 @@ class SideStream:
             self._event, self._held = None, ()
 
 
-def takes_side_stream(device: torch.device, module: torch.nn.Module) -> bool:
-    """Whether a selection from a layer may run beside it.
+def takes_side_stream(module: torch.nn.Module, keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether a selection from these keys and values of an attention module may run beside what comes next.
 
-    Not where accelerate moves the module's weights in and out, nor while a CUDA graph is recorded.
+    Not where accelerate has put a hook on the module, nor while a CUDA graph is recorded; nor from a long prompt, which
+    fills the GPU by itself: its keys and values would be held while the next things are computed.
     """
-    is_free = device.type == "cuda" and not hasattr(module, "_hf_hook")
-    return is_free and not torch.cuda.is_current_stream_capturing()
+    if keys.device.type != "cuda" or keys.nbytes + values.nbytes > _MOST_BYTES:
+        return False
+    return not hasattr(module, "_hf_hook") and not torch.cuda.is_current_stream_capturing()
 
 
 def share_with_main(tensors: Iterable[torch.Tensor], device: torch.device) -> None:

@@ -118,7 +118,7 @@ def test_queries_ahead_are_those_of_later_tokens(name, stride):
         with torch.no_grad():
             ahead, own = layer.queries_ahead(
                 made_up, seen.positions[index].tokens(9, 10), count=4, stride=stride, backend="torch"
-            )
+            ).rotated()
         expected = seen.queries[index]
         torch.testing.assert_close(ahead, torch.cat([expected[:, :, later]] * 2, dim=2), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(own, expected[:, :, last], atol=1e-5, rtol=1e-5)
@@ -133,7 +133,9 @@ def test_queries_grow_with_the_position_in_layers_made_so():
         for index, layer in seen.layers.items():
             hidden, last = seen.hidden_states[index], seen.positions[index].tokens(-1)
             with torch.no_grad():
-                far, own = layer.queries_ahead(hidden[:, [-1, -1]], last, count=1, stride=300_000, backend="torch")
+                far, own = layer.queries_ahead(
+                    hidden[:, [-1, -1]], last, count=1, stride=300_000, backend="torch"
+                ).rotated()
             grew.append((far.norm() / own.norm()).item())
         assert max(grew) > 1.05
 
@@ -145,7 +147,8 @@ def test_asked_and_rebuilt_queries_are_the_same(name):
         hidden, last = seen.hidden_states[index][:, :13], seen.positions[index].tokens(9, 10)
         with torch.no_grad():
             rebuilt, asked = (
-                each.queries_ahead(hidden, last, count=4, stride=3, backend="torch") for each in (layer, layer.asking())
+                each.queries_ahead(hidden, last, count=4, stride=3, backend="torch").rotated()
+                for each in (layer, layer.asking())
             )
         torch.testing.assert_close(asked, rebuilt, atol=1e-5, rtol=1e-5)
 

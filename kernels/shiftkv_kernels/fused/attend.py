@@ -11,7 +11,7 @@ from ..device import gpu_of
 from ..launching import launch
 from ..sizes import divided_up, next_power_of_2
 from .finite import finite, load_rows
-from .log_sums import LARGEST_LOGIT, LOWEST, load_sinks, start_softmax
+from .log_sums import LARGEST_LOGIT, LOWEST, launch_options, load_sinks, start_softmax
 from .logits import logit_scales, soft_capped
 from .products import tile_products, whole_features
 from .tiles import Tiles, choose_attend_tiles, split
@@ -230,10 +230,7 @@ def attend(
             BLOCK_D=blocks_d[0],
             BLOCK_D_V=blocks_d[1],
             EXACT=keys.dtype == torch.float32,
-            BLOCK_Q=tiles.kept,
-            BLOCK_T=tiles.streamed,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
+            **launch_options(tiles, "BLOCK_Q", "BLOCK_T"),
         )
         return by_part[0] if parts == 1 else _combined(by_part, sums, blocks_d[1])
 

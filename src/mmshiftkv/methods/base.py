@@ -86,6 +86,13 @@ class Method(ABC):
         return None
 
 
+def what_is_read(method: Method, summary: Any) -> tuple[tuple[torch.Tensor, ...], Hashable] | None:
+    """`method.read(summary)`; None where a subclass has another `score` or `refit` than those that it speaks of."""
+    kinds = type(method).__mro__
+    read, *others = (next(kind for kind in kinds if name in vars(kind)) for name in ("read", "score", "refit"))
+    return method.read(summary) if all(issubclass(read, other) for other in others) else None
+
+
 def check_method(method: Any) -> None:
     """Raises TypeError unless `method` is a `Method`."""
     if isinstance(method, type) and issubclass(method, Method):

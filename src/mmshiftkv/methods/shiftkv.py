@@ -3,6 +3,7 @@
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from shiftkv_kernels import attend, draw_samples, group_mass, refit_values, toke
 from shiftkv_kernels.reference.values import SINK_MASS
 
 from ..model.hooks import LayerInput
-from ..model.queries import AttentionLayer
+from ..model.queries import AttentionLayer, QueriesAhead
 from .base import Method
 from .config import ShiftKVConfig
 
@@ -39,16 +40,28 @@ class Proxies:
     """The queries that score the prompt of one layer (method, steps 1 to 3).
 
     Attributes:
-        queries: (B, H, N, D), rotated; those of one group are neighbours.
-        last_query: (B, H, 1, D), the rotated query of the last prompt token.
+        ahead: the queries; those of one group are neighbours.
         groups: how many groups there are.
         has_sink: (B, H_kv) bool, which KV heads have an attention sink; known once the prompt has been scored.
     """
 
-    queries: torch.Tensor
-    last_query: torch.Tensor
+    ahead: QueriesAhead
     groups: int
     has_sink: torch.Tensor | None = None
+
+    @property
+    def queries(self) -> torch.Tensor:
+        """(B, H, N, D), rotated."""
+        return self._rotated[0]
+
+    @property
+    def last_query(self) -> torch.Tensor:
+        """(B, H, 1, D), the rotated query of the last prompt token."""
+        return self._rotated[1]
+
+    @cached_property
+    def _rotated(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.ahead.rotated()
 
 
 @dataclass(frozen=True)
@@ -86,14 +99,12 @@ class ShiftKV(Method):
             groups, stride = config.num_groups, config.future_stride or config.num_groups
             hidden_states = self._samples(layer.index, summary, valid)
         count = (hidden_states.shape[1] - 1) // groups
-        rotated, last_query = layer.queries_ahead(
-            hidden_states, last.positions, count=count, stride=stride, backend=config.backend
-        )
-        return Proxies(rotated, last_query, groups)
+        ahead = layer.queries_ahead(hidden_states, last.positions, count=count, stride=stride, backend=config.backend)
+        return Proxies(ahead, groups)
 
     def read(self, summary: Proxies) -> tuple[tuple[torch.Tensor, ...], Hashable]:
-        """The queries, and how many groups they are in."""
-        return (summary.queries, summary.last_query), summary.groups
+        """The queries with what rotates them, and how many groups they are in."""
+        return (summary.ahead.states, *summary.ahead.factors), summary.groups
 
     def score(
         self,

@@ -2,7 +2,6 @@
 
 import threading
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,28 +62,20 @@ class PrefillHooks:
         self._seen: dict[int, LayerInput] = {}
         self._left_behind: list[RemovableHandle] = []
         self._thread = 0
-        self._after_attention: weakref.WeakMethod[Callable[[], None]] | None = None
         for handles in (self._handles, self._left_behind):
             weakref.finalize(self, _remove_all, handles).atexit = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PrefillHooks":
         return PrefillHooks(self._decoder)
 
-    def attach(self, cache: Any, after_attention: Callable[[], None]) -> None:
-        """Puts the hooks on.
-
-        Args:
-            cache: its `reset` is called if the forward pass with it raises.
-            after_attention: a method, called when an attention module has run.
-        """
+    def attach(self, cache: Any) -> None:
+        """Puts the hooks on; `cache.reset()` is called if the forward pass with that cache raises."""
         with _hook_lock:
             # `generate` may ask for mask sizes before the model itself does.
             if self._is_untouched():
                 return
             self._sweep()
             self._thread = threading.get_ident()
-            # Weak: whoever is told holds on to these hooks.
-            self._after_attention = weakref.WeakMethod(after_attention)
             weak_cache = weakref.ref(cache)
             for index, block in enumerate(self._decoder.blocks):
                 _Hook(self, weak_cache, self._decoder.attention.get(index)).put_on(self._handles, block)
@@ -104,12 +95,6 @@ class PrefillHooks:
     def record(self, index: int, inputs: LayerInput) -> None:
         """Keeps what layer `index` sees until `take`."""
         self._seen[index] = inputs
-
-    def attention_ended(self) -> None:
-        """Tells that an attention module has run."""
-        told = None if self._after_attention is None else self._after_attention()
-        if told is not None:
-            told()
 
     def finished(self, handle: RemovableHandle) -> None:
         """Takes one hook off."""
@@ -132,7 +117,7 @@ class PrefillHooks:
             self.detach()
 
     def _is_untouched(self) -> bool:
-        all_handles = len(self._decoder.blocks) + 2 * len(self._decoder.attention)
+        all_handles = len(self._decoder.blocks) + len(self._decoder.attention)
         return len(self._handles) == all_handles and self._thread == threading.get_ident()
 
     def _sweep(self) -> None:
@@ -145,22 +130,19 @@ class PrefillHooks:
 
 
 class _Hook:
-    """The hooks of one block: its attention module's input and end, and the end of the block."""
+    """The two hooks of one block: its attention module's input, and the end of the block."""
 
     def __init__(self, hooks: PrefillHooks, cache: "weakref.ref[Any]", layer: AttentionLayer | None) -> None:
         self._hooks = weakref.ref(hooks)
         self._cache = cache
         self._layer = layer
         self._before: RemovableHandle | None = None
-        self._between: RemovableHandle | None = None
         self._after: RemovableHandle | None = None
-        self._is_seen = False
 
     def put_on(self, handles: list[RemovableHandle], block: nn.Module) -> None:
         if self._layer is not None:
             self._before = self._layer.module.register_forward_pre_hook(self.before_attention, with_kwargs=True)
-            self._between = self._layer.module.register_forward_hook(self.after_attention)
-            handles += [self._before, self._between]
+            handles.append(self._before)
         self._after = block.register_forward_hook(self.after_block, with_kwargs=True, always_call=True)
         handles.append(self._after)
 
@@ -183,20 +165,11 @@ class _Hook:
         assert self._before is not None
         assert self._layer is not None
         hooks.finished(self._before)
-        self._is_seen = True
         given = {**dict(zip(self._layer.parameters, args, strict=False)), **kwargs}
         hidden_states, cache = given["hidden_states"], self._cache()
         assert cache is not None
         positions = self._layer.positions_of(hidden_states, given, cache)
         hooks.record(self._layer.index, LayerInput(hidden_states, positions, given.get("attention_mask")))
-
-    def after_attention(self, module: nn.Module, args: Any, output: Any) -> None:
-        hooks = self._hooks()
-        # Only once the module has been seen to run with this cache.
-        if hooks is not None and self._is_seen:
-            assert self._between is not None
-            hooks.finished(self._between)
-            hooks.attention_ended()
 
     def _give_up(self, hooks: PrefillHooks | None, args: Any, kwargs: Any) -> None:
         """Takes all hooks off if their pass runs without its cache: gradient checkpointing drops it."""

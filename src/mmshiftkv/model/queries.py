@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,26 @@ from .rotary import Rotary
 
 # Modules that have been looked at, and what was found.
 _known: "weakref.WeakKeyDictionary[nn.Module, Facts]" = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class QueriesAhead:
+    """Queries at later positions, and behind them that of the token before: (B, H, N + 1, D).
+
+    Attributes:
+        states: rotated already, or not.
+        factors: what they are still to be rotated by, as `rotate_queries` takes it; () where they are rotated.
+        backend: "auto", "triton" or "torch".
+    """
+
+    states: torch.Tensor
+    factors: tuple[torch.Tensor, ...]
+    backend: str
+
+    def rotated(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, H, N, D) and (B, H, 1, D), rotated."""
+        ahead, last = self.states[:, :, :-1], self.states[:, :, -1:]
+        return rotate_queries(ahead, last, *self.factors, backend=self.backend) if self.factors else (ahead, last)
 
 
 class AttentionLayer:
@@ -118,7 +139,7 @@ class AttentionLayer:
 
     def queries_ahead(
         self, hidden_states: torch.Tensor, last: Positions, *, count: int, stride: int, backend: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> "QueriesAhead":
         """Queries of made-up tokens at `count` positions after a token, over and over, and the token's own query.
 
         Args:
@@ -128,26 +149,18 @@ class AttentionLayer:
             backend: "auto", "triton" or "torch".
 
         Returns:
-            (B, H, N, D) and (B, H, 1, D), rotated.
+            The queries, rotated when they are asked for.
         """
         if self._parts is not None and self.facts.pairs_halves and last.factors is not None:
-            return self._rotated_ahead(self._parts, hidden_states, last, count, stride, backend)
+            # One projection makes the proxies and the last token's own query.
+            queries = self._parts.project("q", hidden_states)
+            factors, steps = self.rotary.cos_and_sin(last.factors), self.rotary.steps(count, stride, queries.device)
+            assert factors is not None
+            assert isinstance(steps, tuple)
+            return QueriesAhead(queries, (*factors, steps[0][0], steps[1][0]), backend)
         groups = (hidden_states.shape[1] - 1) // count
         ahead = self.rotary.ahead(last, count=count, stride=stride).repeated(groups)
-        queries = self.queries(hidden_states, ahead.followed_by(last))
-        return queries[:, :, :-1], queries[:, :, -1:]
-
-    def _rotated_ahead(
-        self, parts: Rebuilder, hidden_states: torch.Tensor, last: Positions, count: int, stride: int, backend: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        # One projection makes the proxies and the last token's own query.
-        queries = parts.project("q", hidden_states)
-        factors, steps = self.rotary.cos_and_sin(last.factors), self.rotary.steps(count, stride, hidden_states.device)
-        assert factors is not None
-        assert isinstance(steps, tuple)
-        return rotate_queries(
-            queries[:, :, :-1], queries[:, :, -1:], *factors, steps[0][0], steps[1][0], backend=backend
-        )
+        return QueriesAhead(self.queries(hidden_states, ahead.followed_by(last)), (), backend)
 
     def unrotated(self, hidden_states: torch.Tensor, positions: Positions) -> torch.Tensor:
         """Queries (B, H, n, D) of attention inputs (B, n, d) before they are rotated to their positions."""
