@@ -1,7 +1,8 @@
 """Where the Triton kernels can run, and what a GPU has to offer them."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,6 +12,7 @@ except ImportError:  # not made for every platform
     triton = None
 
 _PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_compiled: set[Hashable] = set()
 BACKENDS = ("auto", "triton", "torch")
 _LEAST_CAPABILITY = (8, 0)
 
@@ -58,6 +60,16 @@ def no_product_of(dtype: torch.dtype) -> str | None:
     if dtype in _PRODUCT_DTYPES:
         return None
     return f"it multiplies {', '.join(map(str, _PRODUCT_DTYPES))}, not {dtype}"
+
+
+def compile_once(name: Hashable, function: Callable[[], Any]) -> None:
+    """Compiles together what the launches of a function need, where Triton runs and no function of that name was."""
+    if name in _compiled or triton is None or is_interpreted():
+        return
+    from .launching import compile_together
+
+    _compiled.add(name)
+    compile_together(function)
 
 
 @functools.cache

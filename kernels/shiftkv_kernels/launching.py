@@ -5,9 +5,10 @@ times what the launch itself does.  Here that is looked up by a key that is quic
 what is not known yet.
 """
 
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,6 +18,8 @@ from .replaying import report_launch
 
 _LARGEST_INT32 = 2**31 - 1
 _MOST_LAUNCHES = 8192
+_MOST_THREADS = 16
+_state = threading.local()
 # A compiled kernel, and its constants in the order of its parameters.
 _Compiled = tuple[CompiledKernel, tuple[Any, ...]]
 # By kernel, device, kinds of arguments and constants.
@@ -59,34 +62,77 @@ def launch(
     )
     known = _launches.get(key)
     if known is None:
-        known = _find(kernel, device, grid, arguments, [constants, *(others() if others else ())])
+        job = _Job(kernel, device, grid, arguments, [constants, *(others() if others else ())])
+        if (jobs := getattr(_state, "jobs", None)) is not None:
+            jobs.append(job)
+            return
+        known = _find(job)
         if len(_launches) >= _MOST_LAUNCHES:
             _launches.clear()
         _launches[key] = known
+    if getattr(_state, "jobs", None) is not None:
+        return
     compiled, in_order = known
     runner, given = compiled[(*grid, 1, 1)], (*arguments, *in_order)
     runner(*given)
     report_launch(runner, given)
 
 
-def _find(
-    kernel: Any, device: int, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: list[dict[str, Any]]
-) -> _Compiled:
-    """The kernel compiled with the first of the constants; those that are new are compiled side by side."""
-    kinds = map(_kind, arguments, kernel.params)
-    known = (id(kernel), device, *kinds)
-    missing = {(*known, *each.values()): each for each in constants if (*known, *each.values()) not in _compiled}
+def _find(job: "_Job") -> _Compiled:
+    """The kernel compiled with the first of the constants, and with the others too."""
+    _compile([job])
+    return _compiled[job.keys()[0]]
 
-    def compiled(each: dict[str, Any]) -> CompiledKernel:
-        with torch.cuda.device(device):  # threads have their own
-            return kernel.warmup(*arguments, grid=grid, **each)
 
-    names = kernel.arg_names[len(arguments) :]
+class _Job(NamedTuple):
+    """A kernel to be compiled for some arguments, with some constants or others."""
+
+    kernel: Any
+    device: int
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: list[dict[str, Any]]
+
+    def keys(self) -> list[tuple[Any, ...]]:
+        """What each is known by."""
+        known = (id(self.kernel), self.device, *map(_kind, self.arguments, self.kernel.params))
+        return [(*known, *each.values()) for each in self.constants]
+
+    def compiled(self, constants: dict[str, Any]) -> _Compiled:
+        """The kernel, ready to be launched."""
+        with torch.cuda.device(self.device):  # threads have their own
+            kernel = self.kernel.warmup(*self.arguments, grid=self.grid, **constants)
+            kernel[(1, 1, 1)]  # what a launch needs besides is made now, and nothing launched
+        return kernel, tuple(constants[name] for name in self.kernel.arg_names[len(self.arguments) :])
+
+
+def _compile(jobs: Iterable[_Job]) -> None:
+    """Compiles what is new, side by side."""
+    missing = {
+        key: (job, constants)
+        for job in jobs
+        for key, constants in zip(job.keys(), job.constants, strict=True)
+        if key not in _compiled
+    }
     if missing:
-        with ThreadPoolExecutor(len(missing)) as pool:
-            for (key, each), result in zip(missing.items(), pool.map(compiled, missing.values()), strict=True):
-                _compiled[key] = result, tuple(each[name] for name in names)
-    return _compiled[(*known, *constants[0].values())]
+        with ThreadPoolExecutor(min(len(missing), _MOST_THREADS)) as pool:
+            results = pool.map(lambda each: each[0].compiled(each[1]), missing.values())
+            _compiled.update(zip(missing, results, strict=True))
+
+
+def compile_together(function: Callable[[], Any]) -> None:
+    """Compiles, all side by side, what the launches of a function need; none of them is made.
+
+    Args:
+        function: does not look at the numbers in tensors, and leaves nothing behind.
+    """
+    jobs: list[_Job] = []
+    _state.jobs = jobs
+    try:
+        function()
+    finally:
+        _state.jobs = None
+    _compile(jobs)
 
 
 def _kind(argument: Any, parameter: Any) -> Any:

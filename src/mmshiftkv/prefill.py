@@ -10,12 +10,15 @@ stored.  A prompt ends
 A pass that did not reach all layers leaves the prompt interrupted: only `reset()` ends that.
 """
 
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from shiftkv_kernels import keep_best
+from shiftkv_kernels.device import compile_once
 from shiftkv_kernels.replaying import Replays
 
 from .checks import tokens_to_keep
@@ -79,6 +82,7 @@ class Prefill:
         self._summaries: dict[int, Any] = {}
         self._side = SideStream()
         self._replays = Replays()
+        self._is_compiled = False
         self.finite = FiniteCheck()
 
     @property
@@ -266,7 +270,7 @@ class Prefill:
         count = tokens_to_keep(self._settings.budget, keys.shape[2])
         summary = method.prepare(attention, self._summaries[index], valid)
 
-        def choose() -> tuple[torch.Tensor, torch.Tensor | None]:
+        def choose(summary: Any = summary) -> tuple[torch.Tensor, torch.Tensor | None]:
             attended = attention.attended(keys, values)
             scores = checked_scores(method, method.score(attention, summary, *attended, valid), attended[0])
             scores = attention.of_stored(scores, keys.shape[1])
@@ -281,6 +285,9 @@ class Prefill:
             return choose()
         tensors, others = read
         key = (others, count, attention.scaling, attention.softcap)
+        if not self._is_compiled:
+            self._is_compiled = True
+            compile_once((str(method), key, keys.shape[1:], keys.dtype, keys.device), partial(choose, copy(summary)))
         kept, refitted = self._replays.run(choose, (*tensors, keys, values, valid, not_finite, attention.sinks), key)
         assert kept is not None
         return kept, refitted

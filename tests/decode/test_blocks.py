@@ -96,6 +96,16 @@ def test_image_prompts(vision_case, family, rows):
     assert graphs() == 1
 
 
+def test_images_of_other_prompts_need_no_other_recording(vision_case, no_garbage_collection):
+    case = vision_case("qwen2_5_vl")
+    blocks = ByBlocks(case.model)
+    for height in (140, 168, 224):
+        inputs = case.inputs(("What is the Total?", models.document_image(height, 280)))
+        _, cache = answer(case.model, inputs, blocks.options, budget=24)
+        del cache, _
+    assert len(blocks.decoding.recorder) == 1
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 _OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -32,7 +33,7 @@ def signature_of_tensors(tensors: Iterable[torch.Tensor]) -> Hashable:
 def _signature_of_module(module: nn.Module) -> Hashable:
     held = [part for part in (*module._parameters.values(), *module._buffers.values()) if part is not None]
     settings: Hashable = ()
-    if not hasattr(module, "config") or not hasattr(module, "generation_config"):
+    if not isinstance(module, PreTrainedModel):
         own = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
         settings = signature_of_values(own)
     return id(type(module)), module.training, signature_of_tensors(held), settings
