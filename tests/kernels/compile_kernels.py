@@ -208,14 +208,15 @@ def projection_cases(capability: int) -> dict[str, Any]:
 
 
 def token_attention_cases(capability: int) -> dict[str, Any]:
-    """One token's attention with either mask."""
-    shape = {"R": 7, "D": 128, "D_V": 128, "BLOCK_S": attend_token._SLOTS_AT_ONCE, "BLOCK_D": 128, "BLOCK_D_V": 128}
+    """One token's attention, with few slots and many, each with one of the masks."""
+    shape = {"R": 7, "D": 128, "D_V": 128, "BLOCK_D": 128, "BLOCK_D_V": 128}
     kernel = attend_token._attend_token_kernel
+    cases = {"bool": attend_token._SMALL, "added": attend_token._LARGE}
     return {
         f"{kernel.__name__} {mask}": compile_kernel(
-            kernel, {**shape, "IS_ADDED": mask == "added"}, "bf16", capability, num_warps=attend_token._WARPS
+            kernel, {**shape, "IS_ADDED": mask == "added", "BLOCK_S": slots}, "bf16", capability, num_warps=warps
         )
-        for mask in ("bool", "added")
+        for mask, (slots, warps) in cases.items()
     }
 
 
