@@ -89,6 +89,20 @@ def test_the_figures_of_documents_that_come_first_are_those_on_record():
         assert cells == [" / ".join(percent(task, "exact_match") for task in pair) for pair in pairs]
 
 
+def test_the_figures_of_a_step_are_those_on_record():
+    rows = iter(table("docs/performance.md", "| step | rows | a token |"))
+    for name in ("step_h200_whole.json", "step_h200_blocks.json", "step_h100_blocks.json"):
+        recorded = record(name)
+        for step in recorded["steps"]:
+            card, rows_together, token, *kernels = next(rows)
+            (milliseconds,) = step["milliseconds"].values()
+            assert card.split(",")[0] in recorded["environment"]["device"]
+            assert (rows_together, token) == (str(step["batch"]), f"{milliseconds:.2f} ms")
+            spent = sum(kernel["microseconds"] for kernel in step["kernels"])
+            assert abs(sum(int(kernel) for kernel in kernels if kernel != "-") - spent) < 5
+    assert next(rows, None) is None
+
+
 def test_the_figures_of_the_second_model_are_those_on_record():
     recorded = {(one["method"], str(one["budget"] or "-")): one for one in record("compare_llava.json")["results"]}
     rows = table("docs/results.md", "| second model | budget |")

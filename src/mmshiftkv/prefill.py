@@ -285,9 +285,10 @@ class Prefill:
             return choose()
         tensors, others = read
         key = (others, count, attention.scaling, attention.softcap)
-        if not self._is_compiled:
+        if not self._is_compiled and self._settings.backend != "torch":
             self._is_compiled = True
-            compile_once((str(method), key, keys.shape[1:], keys.dtype, keys.device), partial(choose, copy(summary)))
+            heads, head_dim = keys.shape[1], keys.shape[3]
+            compile_once((str(method), key, heads, head_dim, keys.dtype, keys.device), partial(choose, copy(summary)))
         kept, refitted = self._replays.run(choose, (*tensors, keys, values, valid, not_finite, attention.sinks), key)
         assert kept is not None
         return kept, refitted
