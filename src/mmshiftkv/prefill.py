@@ -232,7 +232,9 @@ class Prefill:
     ) -> SelectedLayer:
         """As `_select`, beside what the model does next."""
         module = self._decoder.attention[index].module
-        if self._covers(keys.shape[2]) or not takes_side_stream(module, keys, values):
+        # Where several processes share the model, what they send each other has not been tried beside it.
+        is_shared = self._decoder.rank is not None
+        if self._covers(keys.shape[2]) or is_shared or not takes_side_stream(module, keys, values):
             return self._select(index, layer, keys, values)
         assert self._padding is not None
         # What all layers share is made, and the mask is looked at, outside.
