@@ -290,11 +290,15 @@ class PrefillSelectionCache(DynamicCache):
         """
         if self._prefill is None or layer_idx not in self._selected:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        with torch.no_grad(), without_autocast(key_states.device):
-            self.layers[layer_idx], attended = self._prefill.update(
-                layer_idx, self.layers[layer_idx], key_states.detach(), value_states.detach()
-            )
-        if self._prefill.is_over:
+        return self._update_prompt(self._prefill, key_states, value_states, layer_idx)
+
+    # A selection is kernels already; to trace it takes the compiler long, and gains nothing.
+    @torch.compiler.disable
+    def _update_prompt(self, prefill: Prefill, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> Pair:
+        layer, given = self.layers[layer_idx], (keys.detach(), values.detach())
+        with torch.no_grad(), without_autocast(keys.device):
+            self.layers[layer_idx], attended = prefill.update(layer_idx, layer, *given)
+        if prefill.is_over:
             self._leave_prefill()
         return attended
 
