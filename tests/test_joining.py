@@ -8,6 +8,7 @@ import models
 from caches import NEW_TOKENS, generate
 from compiling import compiling
 from mmshiftkv import CACHE_ARGUMENT, ShiftKVCache, SnapKVCache, decode_ahead, join
+from mmshiftkv.use.positions import joined_offsets, offsets_of, put_back
 from tiny_llava import document_image
 
 BUDGET = 16
@@ -152,14 +153,14 @@ def test_images_of_different_sizes(vision_case, family):
         with torch.no_grad():
             model(**inputs, **{CACHE_ARGUMENT: cache}, use_cache=True)
         caches.append(cache)
-        deltas.append(getattr(model.model, "rope_deltas", None))
+        deltas.append(offsets_of(model))
     question = models.prompt_ids(1, 5)
     turns = [torch.cat([inputs["input_ids"], question], dim=1) for inputs in prompts]
     joined = join(caches)
     for cache, delta, ids in zip(caches, deltas, turns, strict=True):
-        model.model.rope_deltas = delta
+        put_back(model, delta)
         alone.append(generate(model, cache, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
-    model.model.rope_deltas = None if deltas[0] is None else torch.cat(deltas)
+    put_back(model, joined_offsets(deltas))
     assert_rows_are_as_alone(generate(model, joined, left_padded(turns)), alone)
 
 
