@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..launching import launch
+from ..sizes import next_power_of_2
 
 # The best of twelve on an H100 for 320 slots, of one row and of eight, and for 768: slots at once, and warps.
 _FEW_SLOTS, _SMALL, _LARGE = 512, (128, 4), (256, 8)
@@ -92,8 +93,8 @@ def attend_token(
             D_V=value_dim,
             IS_ADDED=mask is not None and not is_bool,
             BLOCK_S=slots_at_once,
-            BLOCK_D=triton.next_power_of_2(head_dim),
-            BLOCK_D_V=triton.next_power_of_2(value_dim),
+            BLOCK_D=next_power_of_2(head_dim),
+            BLOCK_D_V=next_power_of_2(value_dim),
             num_warps=warps,
         )
     return out
