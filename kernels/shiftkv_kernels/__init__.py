@@ -16,8 +16,10 @@ from .ops import (
     value_scores,
     vote,
 )
+from .sizes import MOST_ROWS
 
 __all__ = [
+    "MOST_ROWS",
     "attend",
     "attend_token",
     "draw_samples",

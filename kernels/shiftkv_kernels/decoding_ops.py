@@ -7,6 +7,7 @@ import torch
 from . import reference
 from .checks import check_alike, check_contiguous, check_device, check_dtype, check_shape
 from .device import no_product_of, takes_triton
+from .sizes import MOST_ROWS
 
 
 def project_token(
@@ -16,9 +17,9 @@ def project_token(
     *,
     backend: str = "auto",
 ) -> list[torch.Tensor]:
-    """Linear layers (N, K) that share the state of one token, (..., K); each has its own N, and a bias (N,) or None."""
-    if state.dim() == 0 or state.numel() != state.shape[-1]:
-        raise ValueError(f"state has shape {tuple(state.shape)}, must be (..., K) with 1 in place of the dots")
+    """Linear layers (N, K) that share a few rows of states (..., K); each has its own N, and a bias (N,) or None."""
+    if state.dim() == 0 or state.numel() == 0 or state.numel() > MOST_ROWS * state.shape[-1]:
+        raise ValueError(f"state has shape {tuple(state.shape)}, must be (..., K) with 1 to {MOST_ROWS} rows in all")
     if len(biases) != len(weights):
         raise ValueError(f"biases has {len(biases)} entries, must have one for each of the {len(weights)} weights")
     check_contiguous("state", state)

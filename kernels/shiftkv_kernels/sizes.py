@@ -1,5 +1,7 @@
 """Sizes of launches; Triton's own functions for them are slow outside of kernels."""
 
+MOST_ROWS = 16  # of a decoding step's kernels: matrix units multiply no fewer at once
+
 
 def divided_up(number: int, by: int) -> int:
     """`number` / `by`, rounded up."""

@@ -8,10 +8,10 @@ import torch
 def project_token(
     state: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
 ) -> list[torch.Tensor]:
-    """Linear layers that share the state of one token.
+    """Linear layers that share the states of one token of each row.
 
     Args:
-        state: (..., K), all sizes but the last 1.
+        state: (..., K), 1 to 16 rows in all.
         weights: (N, K) each, with an N of its own.
         biases: (N,) or None for each of them.
 

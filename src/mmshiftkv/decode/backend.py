@@ -1,5 +1,6 @@
 """A backend of torch.compile for decoding: the projections of one token's state are read at the speed of memory."""
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensor
 
-from shiftkv_kernels import project_token
+from shiftkv_kernels import MOST_ROWS, project_token
 
 from .tracing import writes
 
@@ -64,7 +65,9 @@ def _is_projection(node: fx.Node) -> bool:
     # Quantized and distributed weights are subclasses of their own.
     if any(type(value) is not FakeTensor for value in values):
         return False
-    if any(not isinstance(size, int) or size != 1 for size in values[0].shape[:-1]) or values[1].dim() != 2:
+    rows = math.prod(values[0].shape[:-1])
+    # Sizes may be symbols: what is asked of them here holds for what is compiled.
+    if values[1].dim() != 2 or not 1 <= rows <= MOST_ROWS:
         return False
     # `project_token` has no gradient.  Under autocast the dtypes differ.
     return not values[-1].requires_grad and all(

@@ -6,12 +6,12 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensor
 
-from shiftkv_kernels import attend_token
+from shiftkv_kernels import MOST_ROWS, attend_token
 
 from .tracing import writes
 
 # Beyond these, attention kernels for many queries split their work better.
-_MOST_ROWS, _MOST_SLOTS, _LARGEST_HEAD_DIM = 16, 1024, 256
+_MOST_SLOTS, _LARGEST_HEAD_DIM = 1024, 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _EVERYTHING = slice(None)
 _WITH_GROUPS = (_EVERYTHING, _EVERYTHING, None, _EVERYTHING, _EVERYTHING)
@@ -87,7 +87,7 @@ def _fits(node: fx.Node, query: fx.Node, keys: fx.Node, values: fx.Node, mask: o
     if any(part.dtype not in _DTYPES or part.dtype != parts[0].dtype or part.stride(3) != 1 for part in parts):
         return False
     (rows, heads, tokens, head_dim), held, of_values = (shape or () for shape in shapes)
-    if tokens != 1 or rows > _MOST_ROWS or held[2] > _MOST_SLOTS or max(head_dim, of_values[3]) > _LARGEST_HEAD_DIM:
+    if tokens != 1 or rows > MOST_ROWS or held[2] > _MOST_SLOTS or max(head_dim, of_values[3]) > _LARGEST_HEAD_DIM:
         return False
     if held != (rows, held[1], held[2], head_dim) or of_values[:3] != held[:3] or heads % held[1]:
         return False
@@ -103,11 +103,9 @@ def _value(node: fx.Node) -> torch.Tensor:
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
-    """Of four or five dimensions, all known; None for anything else."""
+    """Of four or five dimensions; None for anything else."""
     value = node.meta.get("example_value")
-    if type(value) is not FakeTensor or value.dim() not in (4, 5):
-        return None
-    return tuple(value.shape) if all(isinstance(size, int) for size in value.shape) else None
+    return tuple(value.shape) if type(value) is FakeTensor and value.dim() in (4, 5) else None
 
 
 def _erase_unused(graph: fx.Graph, node: object) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from shiftkv_kernels import project_token
+from shiftkv_kernels import MOST_ROWS, project_token
 
 # What torch keeps of hooks.  Those of another thread's prefill may be on a block while it is copied.
 _HOOKS = (
@@ -109,7 +109,7 @@ def _replace_head(twin: nn.Module, model: PreTrainedModel) -> None:
 def _project(layer: nn.Linear, state: torch.Tensor) -> torch.Tensor:
     weight, bias = layer.weight, layer.bias
     parts = [state, weight] if bias is None else [state, weight, bias]
-    is_one = state.numel() == state.shape[-1]
-    if is_one and all(part.is_contiguous() and part.dtype == state.dtype for part in parts):
+    are_few = 0 < state.numel() <= MOST_ROWS * state.shape[-1]
+    if are_few and all(part.is_contiguous() and part.dtype == state.dtype for part in parts):
         return project_token(state, [weight], [bias])[0]
     return linear(state, weight, bias)
