@@ -8,11 +8,13 @@ what is not known yet.
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 from .replaying import report_launch
 
@@ -73,9 +75,20 @@ def launch(
     if getattr(_state, "jobs", None) is not None:
         return
     compiled, in_order = known
-    runner, given = compiled[(*grid, 1, 1)], (*arguments, *in_order)
-    runner(*given)
-    report_launch(runner, given)
+    given = (*arguments, *in_order)
+    runner = partial(_run, compiled, (*grid, 1, 1)[:3])
+    runner(*given, stream=driver.active.get_current_stream(device))
+    report_launch(runner, given, kernel.arg_names)
+
+
+def _run(compiled: CompiledKernel, grid: tuple[int, ...], *given: Any, stream: int) -> None:
+    """Launches a kernel in a stream; tensors may be given as addresses."""
+    hooks = triton.knobs.runtime
+    if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+        compiled[grid](*given, stream=stream)
+    else:
+        # Triton makes a record of each launch for those who watch, and calls them, even if there are none.
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *given)
 
 
 def _find(job: "_Job") -> _Compiled:

@@ -1,58 +1,110 @@
-"""Runs the same launches again for other tensors of the same shapes, without the Python that led to them.
+"""Does the same to other tensors of the same shapes, without the Python that led to it.
 
 All layers of a model are selected from alike.  What an operation computes in Python, from shapes and settings, comes to
 the same for each of them; only where the tensors lie differs.
 """
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Tensors = tuple[torch.Tensor | None, ...]
-Runner = Callable[..., None]  # (*arguments), tensors among them or their addresses
+from .workspace import Workspace
 
-_ALIGNMENT = 256  # bytes, in the workspace: at least that of any tensor of its own, as far as kernels look
+Tensors = tuple[torch.Tensor | None, ...]
+Numbers = Mapping[str, float]
+Bases = list[torch.Tensor | None]  # the workspace, outputs, inputs, and what functions of torch gave so far
+Runner = Callable[..., None]  # (*arguments, stream), tensors among them or their addresses
+
+_aten = torch.ops.aten
 _ALLOCATIONS = frozenset(
-    getattr(torch.ops.aten, name).default if name != "empty" else torch.ops.aten.empty.memory_format
-    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+    (
+        _aten.empty.memory_format,
+        _aten.empty_like.default,
+        _aten.empty_strided.default,
+        _aten.new_empty.default,
+        _aten.new_empty_strided.default,
+    )
 )
+# Linear layers, and what norms are made of: nothing but their tensors says what they give.
+_FUNCTIONS = frozenset(
+    (
+        _aten.addmm.default,
+        _aten.mm.default,
+        _aten.linear.default,
+        _aten._to_copy.default,
+        _aten.pow.Tensor_Scalar,
+        _aten.mean.dim,
+        _aten.add.Tensor,
+        _aten.mul.Tensor,
+        _aten.rsqrt.default,
+    )
+)
+# A view by another name.
+_VIEWS = frozenset((_aten._unsafe_view.default,))
 _state = threading.local()
 
 
-def report_launch(runner: Runner | None, arguments: tuple[Any, ...]) -> None:
-    """Tells the recording of this thread, if there is one, of a launch; None: of one that cannot be repeated."""
+class _Launch(NamedTuple):
+    """A launch, as it was reported."""
+
+    runner: Runner | None
+    arguments: tuple[Any, ...]
+    names: Sequence[str]
+
+
+class _Call(NamedTuple):
+    """A function of torch: its arguments, and what it gave."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    result: torch.Tensor
+
+
+def report_launch(runner: Runner | None, arguments: tuple[Any, ...], names: Sequence[str] = ()) -> None:
+    """Tells the recording of this thread, if there is one, of a launch.
+
+    Args:
+        runner: repeats it; None: it cannot be repeated.
+        arguments: as they were given.
+        names: of the first of them.
+    """
     watch: _Watch | None = getattr(_state, "watch", None)
     if watch is not None:
-        watch.launches.append((runner, arguments))
+        watch.steps.append(_Launch(runner, arguments, names))
 
 
 class Replays:
-    """The recordings of one function, by what its inputs look like."""
+    """The recordings of functions, by what their inputs look like."""
 
     def __init__(self) -> None:
         self._recordings: dict[Hashable, _Recording | None] = {}
 
-    def run(self, function: Callable[[], Tensors], inputs: Tensors, key: Hashable) -> Tensors:
-        """What `function` returns, by itself or by its launches alone.
+    def run(
+        self, function: Callable[[], Tensors], inputs: Tensors, key: Hashable, numbers: Numbers | None = None
+    ) -> Tensors:
+        """What `function` returns, by itself or by what it did before.
 
-        The first run for inputs that look alike is watched.  If it did nothing to tensors but make them and launch
-        kernels of this package, later runs repeat the launches.
+        The first run for inputs that look alike is watched.  If it did nothing to tensors but make them, launch kernels
+        of this package and call linear layers and norms, later runs repeat that.
 
         Args:
             function: reads and writes, of tensors that are not its own, only the inputs; all else that it depends on is
-                in the key.
+                in the key and the numbers.
             inputs: on one device; None stands for one that there is not.
             key: tells what else it depends on.
+            numbers: what it passes to kernels under these names of their parameters, and may be another in each run;
+                the kernels are compiled for any such number.
         """
         whole_key = (key, *map(_look, inputs))
         if whole_key not in self._recordings:
-            outputs, self._recordings[whole_key] = _record(function, inputs)
+            outputs, self._recordings[whole_key] = _record(function, inputs, numbers or {})
             return outputs
         recording = self._recordings[whole_key]
-        return function() if recording is None else recording.replay(inputs)
+        return function() if recording is None else recording.replay(inputs, numbers or {})
 
 
 def _look(tensor: torch.Tensor | None) -> Hashable:
@@ -67,17 +119,25 @@ class _Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.made: list[torch.Tensor] = []
-        self.launches: list[tuple[Runner | None, tuple[Any, ...]]] = []
+        self.steps: list[_Launch | _Call] = []
         self.is_complete = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        keywords = kwargs or {}
+        result = func(*args, **keywords)
         if func in _ALLOCATIONS:
             # Held, so that no two have the same address.
             self.made.append(result)
-        elif not _is_view(func):
+        elif func in _FUNCTIONS:
+            self.steps.append(_Call(func, args, keywords, result))
+        elif func not in _VIEWS and not _is_view(func):
             self.is_complete = False
         return result
+
+    @property
+    def results(self) -> list[torch.Tensor]:
+        """What the functions of torch gave."""
+        return [step.result for step in self.steps if isinstance(step, _Call)]
 
 
 def _is_view(func: Any) -> bool:
@@ -85,7 +145,7 @@ def _is_view(func: Any) -> bool:
     return any(alias is not None and not alias.is_write for alias in aliases)
 
 
-def _record(function: Callable[[], Tensors], inputs: Tensors) -> "tuple[Tensors, _Recording | None]":
+def _record(function: Callable[[], Tensors], inputs: Tensors, numbers: Numbers) -> "tuple[Tensors, _Recording | None]":
     watch = _Watch()
     _state.watch = watch
     try:
@@ -93,89 +153,113 @@ def _record(function: Callable[[], Tensors], inputs: Tensors) -> "tuple[Tensors,
             outputs = function()
     finally:
         _state.watch = None
-    if not watch.is_complete or any(runner is None for runner, _ in watch.launches):
+    if not watch.is_complete or any(isinstance(step, _Launch) and step.runner is None for step in watch.steps):
         return outputs, None
     try:
-        return outputs, _Recording(watch, inputs, outputs)
+        return outputs, _Recording(watch, inputs, outputs, numbers)
     except LookupError:
         return outputs, None
 
 
 class _Recording:
-    """The launches of one run.
+    """What one run did.
 
     Args:
         watch: has seen the run.
         inputs: of the run.
         outputs: of the run.
+        numbers: of the run.
 
     Raises:
-        LookupError: a launch was given a tensor that is neither an input nor was made in the run, or an output is a
+        LookupError: something was given a tensor that is neither an input nor was made in the run, or an output is a
             part of something.
     """
 
-    def __init__(self, watch: _Watch, inputs: Tensors, outputs: Tensors) -> None:
+    def __init__(self, watch: _Watch, inputs: Tensors, outputs: Tensors, numbers: Numbers) -> None:
         self._device = next(tensor.device for tensor in (*inputs, *watch.made) if tensor is not None)
-        self._outputs = [None if tensor is None else _whole(tensor, watch.made) for tensor in outputs]
-        places = _Places(watch.made, inputs, outputs)
-        self._bytes = places.workspace_bytes
-        self._launches = [
-            (
-                runner,
-                [None if isinstance(each, torch.Tensor) else each for each in arguments],
-                [(index, *places.find(each)) for index, each in enumerate(arguments) if isinstance(each, torch.Tensor)],
-            )
-            for runner, arguments in watch.launches
+        self._outputs = [None if tensor is None else _maker(tensor, inputs, watch.made) for tensor in outputs]
+        uses = [[each for each in _parts(step) if isinstance(each, torch.Tensor)] for step in watch.steps]
+        places = Workspace((*outputs, *inputs, *watch.results), watch.made, uses)
+        self._bytes = places.bytes
+        self._steps = [
+            _Replayed(step, numbers, places) if isinstance(step, _Launch) else _Recalled(step, places)
+            for step in watch.steps
         ]
 
-    def replay(self, inputs: Tensors) -> Tensors:
-        """Runs the launches for other inputs that look the same."""
-        outputs = tuple(None if made is None else made() for made in self._outputs)
+    def replay(self, inputs: Tensors, numbers: Numbers) -> Tensors:
+        """Does the same to other inputs that look the same."""
+        outputs = tuple(None if make is None else make(inputs) for make in self._outputs)
         workspace = torch.empty(self._bytes, dtype=torch.uint8, device=self._device)
-        bases = [0 if tensor is None else tensor.data_ptr() for tensor in (workspace, *outputs, *inputs)]
+        bases: Bases = [workspace, *outputs, *inputs]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in bases]
         with torch.cuda.device_of(workspace):
-            for runner, arguments, tensors in self._launches:
-                given = arguments.copy()
-                for index, base, offset in tensors:
-                    given[index] = bases[base] + offset
-                assert runner is not None
-                runner(*given)
+            stream = torch.cuda.current_stream().cuda_stream if workspace.is_cuda else None
+            for step in self._steps:
+                step.run(bases, addresses, numbers, stream)
         return outputs
 
 
-def _whole(output: torch.Tensor, made: Sequence[torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Makes tensors like an output, which must be all of a tensor made in the run."""
+def _parts(step: _Launch | _Call) -> tuple[Any, ...]:
+    return step.arguments if isinstance(step, _Launch) else (*step.arguments, *step.keywords.values())
+
+
+def _maker(
+    output: torch.Tensor, inputs: Tensors, made: Sequence[torch.Tensor]
+) -> Callable[[Tensors], torch.Tensor | None]:
+    """Gives tensors like an output, which must be an input or all of a tensor made in the run."""
+    for index, tensor in enumerate(inputs):
+        if tensor is output:
+            return lambda inputs: inputs[index]
     storage = output.untyped_storage()
     if not any(tensor.untyped_storage().data_ptr() == storage.data_ptr() for tensor in made):
         raise LookupError("an output that was not made in the run")
     if output.data_ptr() != storage.data_ptr() or output.nbytes != storage.nbytes():
         raise LookupError("an output that is a part of something")
     shape, stride, dtype, device = output.shape, output.stride(), output.dtype, output.device
-    return lambda: torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    return lambda inputs: torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
-class _Places:
-    """Where tensors lie: in the workspace (0), in one of the outputs (from 1 on) or in one of the inputs (then)."""
+class _Replayed:
+    """A launch at other addresses."""
 
-    def __init__(self, made: Sequence[torch.Tensor], inputs: Tensors, outputs: Tensors) -> None:
-        self.workspace_bytes = 0
-        self._exact: dict[int, int] = {}
-        # By address of a storage: the base, the offset in it, and the address that both are of.
-        self._storages: dict[int, tuple[int, int, int]] = {}
-        for base, tensor in enumerate((*outputs, *inputs), start=1):
-            if tensor is not None:
-                self._exact.setdefault(tensor.data_ptr(), base)
-                self._storages.setdefault(tensor.untyped_storage().data_ptr(), (base, 0, tensor.data_ptr()))
-        for tensor in made:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._storages:
-                self._storages[storage.data_ptr()] = 0, self.workspace_bytes, storage.data_ptr()
-                self.workspace_bytes += -(storage.nbytes() // -_ALIGNMENT) * _ALIGNMENT
+    def __init__(self, launch: _Launch, numbers: Numbers, places: Workspace) -> None:
+        assert launch.runner is not None
+        self._runner = launch.runner
+        arguments = [*enumerate(launch.arguments)]
+        self._arguments = [None if isinstance(each, torch.Tensor) else each for each in launch.arguments]
+        self._tensors = [
+            (index, *places.find(each)[:2]) for index, each in arguments if isinstance(each, torch.Tensor)
+        ]
+        self._numbers = [(index, name) for index, name in enumerate(launch.names) if name in numbers]
+        if any(launch.arguments[index] != numbers[name] for index, name in self._numbers):
+            raise LookupError("a number that is not passed on as it is")
 
-    def find(self, tensor: torch.Tensor) -> tuple[int, int]:
-        """Base and offset in bytes."""
-        address = tensor.data_ptr()
-        if address in self._exact:
-            return self._exact[address], 0
-        base, offset, start = self._storages[tensor.untyped_storage().data_ptr()]
-        return base, offset + address - start
+    def run(self, bases: Bases, addresses: list[int], numbers: Numbers, stream: int | None) -> None:
+        given = self._arguments.copy()
+        for index, base, offset in self._tensors:
+            given[index] = addresses[base] + offset
+        for index, name in self._numbers:
+            given[index] = numbers[name]
+        self._runner(*given, stream=stream)
+
+
+class _Recalled:
+    """A function of torch of other tensors."""
+
+    def __init__(self, call: _Call, places: Workspace) -> None:
+        self._function = call.function
+        self._arguments = [None if isinstance(each, torch.Tensor) else each for each in call.arguments]
+        self._places = [
+            (index, places.find(each)) for index, each in enumerate(call.arguments) if isinstance(each, torch.Tensor)
+        ]
+        self._keywords = call.keywords
+        if any(isinstance(each, torch.Tensor) for each in call.keywords.values()):
+            raise LookupError("a tensor as a keyword")
+
+    def run(self, bases: Bases, addresses: list[int], numbers: Numbers, stream: int | None) -> None:
+        given = self._arguments.copy()
+        for index, place in self._places:
+            given[index] = place.part_of(bases)
+        result = self._function(*given, **self._keywords)
+        bases.append(result)
+        addresses.append(result.data_ptr())

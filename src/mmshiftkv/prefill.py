@@ -10,8 +10,9 @@ stored.  A prompt ends
 A pass that did not reach all layers leaves the prompt interrupted: only `reset()` ends that.
 """
 
+from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -220,7 +221,8 @@ class Prefill:
         assert self._padding is not None
         # To look at the mask means to wait for the device: that is left for the end of the prompt.
         valid = self._padding.valid(keys.device) if ends else self._padding.unchecked(keys.device)
-        return replace(inputs, valid=None if valid is None else valid[:, -keys.shape[2] :])
+        valid = None if valid is None else valid[:, -keys.shape[2] :]
+        return LayerInput(inputs.hidden_states, inputs.positions, inputs.mask, valid)
 
     def _fold(self, index: int, inputs: LayerInput) -> None:
         """Adds new tokens to a layer's summary."""
@@ -257,7 +259,8 @@ class Prefill:
             kept, refitted = self._choose(index, keys, values, valid, not_finite)
         self._summaries.pop(index, None)
         self._ended += 1
-        return self._storage.store(index, layer, Selection(kept, keys, values, refitted, valid, not_finite))
+        selection = Selection(kept, keys, values, refitted, valid, not_finite, self._replays)
+        return self._storage.store(index, layer, selection)
 
     def _choose(
         self,
@@ -270,9 +273,9 @@ class Prefill:
         """The columns (B, H_kv, C) to keep, and values to hold in place of theirs, if there are such."""
         method, attention = self._method, self._decoder.attention[index]
         count = tokens_to_keep(self._settings.budget, keys.shape[2])
-        summary = method.prepare(attention, self._summaries[index], valid)
+        observed = self._summaries[index]
 
-        def choose(summary: Any = summary) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def choose(summary: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
             attended = attention.attended(keys, values)
             scores = checked_scores(method, method.score(attention, summary, *attended, valid), attended[0])
             scores = attention.of_stored(scores, keys.shape[1])
@@ -282,15 +285,24 @@ class Prefill:
             refitted = method.refit(attention, summary, keys, values, kept, valid)
             return kept, checked_values(method, refitted, values, kept)
 
-        read = what_is_read(method, summary) if keys.device.type == "cuda" and not attention.stores_latents else None
+        def prepare_and_choose(observed: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return choose(method.prepare(attention, observed, valid))
+
+        if keys.device.type != "cuda" or attention.stores_latents:
+            return prepare_and_choose(observed)
+        function: Callable[[Any], tuple[torch.Tensor, torch.Tensor | None]] = prepare_and_choose
+        summary, read = observed, what_is_read(method, attention, observed)
         if read is None:
-            return choose()
-        tensors, others = read
-        key = (others, count, attention.scaling, attention.softcap)
+            function, summary = choose, method.prepare(attention, observed, valid)
+            read = what_is_read(method, attention, summary)
+        if read is None:
+            return choose(summary)
+        key = (function is choose, read.others, count, attention.scaling, attention.softcap)
         if not self._is_compiled and self._settings.backend != "torch":
             self._is_compiled = True
-            heads, head_dim = keys.shape[1], keys.shape[3]
-            compile_once((str(method), key, heads, head_dim, keys.dtype, keys.device), partial(choose, copy(summary)))
-        kept, refitted = self._replays.run(choose, (*tensors, keys, values, valid, not_finite, attention.sinks), key)
+            name = (str(method), key, keys.shape[1], keys.shape[3], keys.dtype, keys.device)
+            compile_once(name, partial(function, copy(summary)))
+        inputs = (*read.tensors, keys, values, valid, not_finite, attention.sinks)
+        kept, refitted = self._replays.run(partial(function, summary), inputs, key, read.numbers)
         assert kept is not None
         return kept, refitted

@@ -1,13 +1,30 @@
 """What a method is: from what a layer saw of a prompt to a score for each of its tokens."""
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer
+
+
+@dataclass(frozen=True)
+class Read:
+    """All that something depends on, besides a layer's keys and values, how it makes logits, and the padding.
+
+    Attributes:
+        tensors: those that are read.
+        others: all else, but for the numbers.
+        numbers: what is passed to kernels under these names of their parameters.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+    others: Hashable
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 class Method(ABC):
@@ -44,14 +61,15 @@ class Method(ABC):
         """
         return summary
 
-    def read(self, summary: Any) -> tuple[tuple[torch.Tensor, ...], Hashable] | None:
-        """What `score` and `refit` read of a summary: tensors, and all else.
+    def read(self, layer: AttentionLayer, summary: Any) -> Read | None:
+        """What `score` and `refit` read of a summary, and `prepare` if it is still to come.
 
-        Where both do nothing but call operations of `shiftkv_kernels`, their launches can be repeated for other layers.
-        None, the default: they may do anything, and are called for every layer.
+        Where they do nothing but call operations of `shiftkv_kernels` and project states by `layer`, what they did for
+        one layer can be repeated for others.  None, the default: they may do anything, and are called for every layer.
 
         Args:
-            summary: what `prepare` returned.
+            layer: the attention layer.
+            summary: what `observe` returned; where None was said of that, what `prepare` returned.
         """
         return None
 
@@ -86,11 +104,17 @@ class Method(ABC):
         return None
 
 
-def what_is_read(method: Method, summary: Any) -> tuple[tuple[torch.Tensor, ...], Hashable] | None:
-    """`method.read(summary)`; None where a subclass has another `score` or `refit` than those that it speaks of."""
-    kinds = type(method).__mro__
-    read, *others = (next(kind for kind in kinds if name in vars(kind)) for name in ("read", "score", "refit"))
-    return method.read(summary) if all(issubclass(read, other) for other in others) else None
+def what_is_read(method: Method, layer: AttentionLayer, summary: Any) -> Read | None:
+    """`method.read(...)`; None where a subclass has another method than those that it speaks of."""
+    return method.read(layer, summary) if _speaks_of_all(type(method)) else None
+
+
+@functools.cache
+def _speaks_of_all(kind: type[Method]) -> bool:
+    read, *others = (
+        next(base for base in kind.__mro__ if name in vars(base)) for name in ("read", "prepare", "score", "refit")
+    )
+    return all(issubclass(read, other) for other in others)
 
 
 def check_method(method: Any) -> None:

@@ -1,8 +1,7 @@
 """MM-ShiftKV: query proxies, and what a prompt's tokens give to them."""
 
 import math
-from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +12,7 @@ from shiftkv_kernels.reference.values import SINK_MASS
 
 from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer, QueriesAhead
-from .base import Method
+from .base import Method, Read
 from .config import ShiftKVConfig
 
 LAST_TOKEN_PROXIES = 16
@@ -86,25 +85,43 @@ class ShiftKV(Method):
         tokens = inputs.hidden_states.shape[1]
         last = inputs.tokens(tokens - 1, tokens)
         # Only the hidden states are this layer's own: a view would keep all of them alive.
-        return PromptSummary(means, squares, replace(last, hidden_states=last.hidden_states.clone()))
+        return PromptSummary(means, squares, LayerInput(last.hidden_states.clone(), last.positions, None, last.valid))
 
     def prepare(self, layer: AttentionLayer, summary: PromptSummary, valid: torch.Tensor | None) -> Proxies:
         """Rotated proxies and last query (method, steps 1 to 3)."""
-        config = self.config
         last = summary.last
-        if layer.index < config.last_token_layers:
-            groups, stride = 1, 1
+        if self._is_of_last_token(layer):
             hidden_states = last.hidden_states.expand(-1, LAST_TOKEN_PROXIES + 1, -1)
         else:
-            groups, stride = config.num_groups, config.future_stride or config.num_groups
             hidden_states = self._samples(layer.index, summary, valid)
-        count = (hidden_states.shape[1] - 1) // groups
-        ahead = layer.queries_ahead(hidden_states, last.positions, count=count, stride=stride, backend=config.backend)
+        groups, places = self._groups_and_places(layer)
+        ahead = layer.queries_ahead(hidden_states, last.positions, **places, backend=self.config.backend)
         return Proxies(ahead, groups)
 
-    def read(self, summary: Proxies) -> tuple[tuple[torch.Tensor, ...], Hashable]:
-        """The queries with what rotates them, and how many groups they are in."""
-        return (summary.ahead.states, *summary.ahead.factors), summary.groups
+    def read(self, layer: AttentionLayer, summary: PromptSummary | Proxies) -> Read | None:
+        """Of a prompt its statistics, the last token's state and what makes queries of them; else the queries."""
+        if isinstance(summary, Proxies):
+            return Read((summary.ahead.states, *summary.ahead.factors), summary.groups)
+        if self._is_of_last_token(layer):
+            return None
+        ahead = layer.read_ahead(summary.last.positions, **self._groups_and_places(layer)[1])
+        if ahead is None:
+            return None
+        states = (summary.token_means, summary.token_squares, summary.last.hidden_states)
+        numbers = {"gamma": self.config.gamma_of(layer.index), "stream": layer.index}
+        return Read((*states, *ahead[0]), ahead[1], numbers)
+
+    def _is_of_last_token(self, layer: AttentionLayer) -> bool:
+        """Whether the layer's proxies are the last token's state at later positions."""
+        return layer.index < self.config.last_token_layers
+
+    def _groups_and_places(self, layer: AttentionLayer) -> tuple[int, dict[str, int]]:
+        """How many groups of proxies, and at how many later positions they are and how far these are apart."""
+        config = self.config
+        if self._is_of_last_token(layer):
+            return 1, {"count": LAST_TOKEN_PROXIES, "stride": 1}
+        groups = config.num_groups
+        return groups, {"count": config.num_proxies // groups, "stride": config.future_stride or groups}
 
     def score(
         self,

@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,16 +152,31 @@ class AttentionLayer:
         Returns:
             The queries, rotated when they are asked for.
         """
-        if self._parts is not None and self.facts.pairs_halves and last.factors is not None:
+        if self._parts is not None and (factors := self._factors_ahead(last, count, stride)) is not None:
             # One projection makes the proxies and the last token's own query.
-            queries = self._parts.project("q", hidden_states)
-            factors, steps = self.rotary.cos_and_sin(last.factors), self.rotary.steps(count, stride, queries.device)
-            assert factors is not None
-            assert isinstance(steps, tuple)
-            return QueriesAhead(queries, (*factors, steps[0][0], steps[1][0]), backend)
+            return QueriesAhead(self._parts.project("q", hidden_states), factors, backend)
         groups = (hidden_states.shape[1] - 1) // count
         ahead = self.rotary.ahead(last, count=count, stride=stride).repeated(groups)
         return QueriesAhead(self.queries(hidden_states, ahead.followed_by(last)), (), backend)
+
+    def read_ahead(
+        self, last: Positions, *, count: int, stride: int
+    ) -> tuple[tuple[torch.Tensor, ...], Hashable] | None:
+        """What `queries_ahead` reads besides the states, tensors and all else; None where it may do anything."""
+        if self._parts is None or (factors := self._factors_ahead(last, count, stride)) is None:
+            return None
+        parts = self._parts.read()
+        return None if parts is None else ((*factors, *parts[0]), parts[1])
+
+    def _factors_ahead(self, last: Positions, count: int, stride: int) -> tuple[torch.Tensor, ...] | None:
+        """What `rotate_queries` rotates queries ahead by; None where it cannot do that."""
+        if not self.facts.pairs_halves or last.factors is None:
+            return None
+        factors = self.rotary.cos_and_sin(last.factors)
+        assert factors is not None
+        steps = self.rotary.steps(count, stride, factors[0].device)
+        assert isinstance(steps, tuple)
+        return *factors, steps[0][0], steps[1][0]
 
     def unrotated(self, hidden_states: torch.Tensor, positions: Positions) -> torch.Tensor:
         """Queries (B, H, n, D) of attention inputs (B, n, d) before they are rotated to their positions."""

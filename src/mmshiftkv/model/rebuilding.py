@@ -1,7 +1,7 @@
 """Queries rebuilt from an attention module's parts: its projection, norm and rotation."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -10,6 +10,9 @@ from torch import nn
 from .asking import own_module
 from .positions import Factors
 from .precision import PLAIN_DTYPES
+
+_NUMBERS = (int, float, bool, str)
+_PLAIN = (nn.Parameter, torch.Tensor, type(None))
 
 
 class Rebuilder:
@@ -36,7 +39,7 @@ class Rebuilder:
         if weight is not None and weight.dtype in PLAIN_DTYPES:
             hidden_states = hidden_states.to(weight.dtype)  # the model's own may be run under autocast
         projected = projection(hidden_states)
-        norm = getattr(self._module, f"{letter}_norm", None) or getattr(self._module, f"{letter}_layernorm", None)
+        norm = self._norm(letter)
         weight = getattr(norm, "weight", None)
         # OLMo 2 and others norm all heads at once, Qwen 3 and others each head by itself.
         norm_is_joint = weight is not None and weight.ndim == 1 and weight.shape[0] == projected.shape[-1]
@@ -47,9 +50,34 @@ class Rebuilder:
             heads = norm(heads)
         return heads.transpose(1, 2)
 
+    def read(self) -> tuple[tuple[torch.Tensor, ...], Hashable] | None:
+        """What `project("q", ...)` reads of the module, tensors and all else; None where it may do anything."""
+        projection, norm = self._module.q_proj, self._norm("q")
+        if type(projection) is not nn.Linear or not _is_plain(projection) or not (norm is None or _is_plain(norm)):
+            return None
+        weights = (projection.weight,) if projection.bias is None else (projection.weight, projection.bias)
+        if norm is None:
+            return weights, self._module.head_dim
+        numbers = tuple(pair for pair in vars(norm).items() if isinstance(pair[1], _NUMBERS))
+        return (*weights, *norm.parameters(), *norm.buffers()), (self._module.head_dim, type(norm), numbers)
+
+    def _norm(self, letter: str) -> nn.Module | None:
+        return getattr(self._module, f"{letter}_norm", None) or getattr(self._module, f"{letter}_layernorm", None)
+
     def rotate(self, states: torch.Tensor, factors: Factors) -> torch.Tensor:
         """Rotates (B, H, n, D) by a pair of factors, (B or 1, n, rotary dim), as the model itself does."""
         if factors is None or not getattr(self._module, "use_rope", True):
             return states
         assert isinstance(factors, tuple)
         return self._rotate(states, states, *factors)[0]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling a module is running the code of its class on plain tensors of its own, and no more."""
+    own = vars(module)
+    return (
+        not (own["_modules"] or own["_forward_hooks"] or own["_forward_pre_hooks"])
+        and "forward" not in own
+        and "_hf_hook" not in own
+        and all(type(part) in _PLAIN for part in (*own["_parameters"].values(), *own["_buffers"].values()))
+    )

@@ -12,6 +12,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from shiftkv_kernels import gather
+from shiftkv_kernels.replaying import Replays
 
 if TYPE_CHECKING:
     from .held import HeldLayer
@@ -29,6 +30,7 @@ class Selection:
         refitted: (B, H_kv, C, D_v), what to hold in place of the kept values; None: these.
         valid: (B, T) bool, False for padding; None when there is none.
         not_finite: (1,) bool, to be set to True if kept tokens have numbers that are not finite.
+        replays: of the prompt; None: what one layer did is not repeated for others.
     """
 
     kept: torch.Tensor | None
@@ -37,13 +39,22 @@ class Selection:
     refitted: torch.Tensor | None = None
     valid: torch.Tensor | None = None
     not_finite: torch.Tensor | None = None
+    replays: Replays | None = None
 
     def gather(self, out: Pair | None, backend: str) -> Pair:
         """The kept keys and values, as `shiftkv_kernels.gather` gives them."""
-        assert self.kept is not None
-        return gather(
-            self.keys, self.values, self.kept, out=out, valid=self.valid, not_finite=self.not_finite, backend=backend
-        )
+        keys, values, kept, flags = self.keys, self.values, self.kept, (self.valid, self.not_finite)
+        assert kept is not None
+
+        def gathered() -> Pair:
+            return gather(keys, values, kept, out=out, valid=flags[0], not_finite=flags[1], backend=backend)
+
+        if self.replays is None or keys.device.type != "cuda":
+            return gathered()
+        found = self.replays.run(gathered, (keys, values, kept, *(out or (None, None)), *flags), "gather")
+        assert found[0] is not None
+        assert found[1] is not None
+        return found[0], found[1]
 
     @property
     def seen(self) -> int:
