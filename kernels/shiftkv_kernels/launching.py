@@ -76,13 +76,14 @@ def launch(
         return
     compiled, in_order = known
     given = (*arguments, *in_order)
-    runner = partial(_run, compiled, (*grid, 1, 1)[:3])
-    runner(*given, stream=driver.active.get_current_stream(device))
+    runner = partial(_run, compiled, (*grid, 1, 1)[:3], device)
+    runner(*given)
     report_launch(runner, given, kernel.arg_names)
 
 
-def _run(compiled: CompiledKernel, grid: tuple[int, ...], *given: Any, stream: int) -> None:
-    """Launches a kernel in a stream; tensors may be given as addresses."""
+def _run(compiled: CompiledKernel, grid: tuple[int, ...], device: int, *given: Any) -> None:
+    """Launches a kernel in the device's current stream; tensors may be given as addresses."""
+    stream = driver.active.get_current_stream(device)
     hooks = triton.knobs.runtime
     if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
         compiled[grid](*given, stream=stream)

@@ -16,7 +16,7 @@ from .workspace import Workspace
 Tensors = tuple[torch.Tensor | None, ...]
 Numbers = Mapping[str, float]
 Bases = list[torch.Tensor | None]  # the workspace, outputs, inputs, and what functions of torch gave so far
-Runner = Callable[..., None]  # (*arguments, stream), tensors among them or their addresses
+Runner = Callable[..., None]  # (*arguments), tensors among them or their addresses
 
 _aten = torch.ops.aten
 _ALLOCATIONS = frozenset(
@@ -44,6 +44,7 @@ _FUNCTIONS = frozenset(
 )
 # A view by another name.
 _VIEWS = frozenset((_aten._unsafe_view.default,))
+_MOST_RECORDINGS = 1024
 _state = threading.local()
 
 
@@ -100,10 +101,14 @@ class Replays:
                 the kernels are compiled for any such number.
         """
         whole_key = (key, *map(_look, inputs))
-        if whole_key not in self._recordings:
-            outputs, self._recordings[whole_key] = _record(function, inputs, numbers or {})
+        try:
+            recording = self._recordings[whole_key]
+        except KeyError:
+            outputs, recording = _record(function, inputs, numbers or {})
+            if len(self._recordings) >= _MOST_RECORDINGS:
+                self._recordings.clear()
+            self._recordings[whole_key] = recording
             return outputs
-        recording = self._recordings[whole_key]
         return function() if recording is None else recording.replay(inputs, numbers or {})
 
 
@@ -193,9 +198,8 @@ class _Recording:
         bases: Bases = [workspace, *outputs, *inputs]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in bases]
         with torch.cuda.device_of(workspace):
-            stream = torch.cuda.current_stream().cuda_stream if workspace.is_cuda else None
             for step in self._steps:
-                step.run(bases, addresses, numbers, stream)
+                step.run(bases, addresses, numbers)
         return outputs
 
 
@@ -234,13 +238,13 @@ class _Replayed:
         if any(launch.arguments[index] != numbers[name] for index, name in self._numbers):
             raise LookupError("a number that is not passed on as it is")
 
-    def run(self, bases: Bases, addresses: list[int], numbers: Numbers, stream: int | None) -> None:
+    def run(self, bases: Bases, addresses: list[int], numbers: Numbers) -> None:
         given = self._arguments.copy()
         for index, base, offset in self._tensors:
             given[index] = addresses[base] + offset
         for index, name in self._numbers:
             given[index] = numbers[name]
-        self._runner(*given, stream=stream)
+        self._runner(*given)
 
 
 class _Recalled:
@@ -256,7 +260,7 @@ class _Recalled:
         if any(isinstance(each, torch.Tensor) for each in call.keywords.values()):
             raise LookupError("a tensor as a keyword")
 
-    def run(self, bases: Bases, addresses: list[int], numbers: Numbers, stream: int | None) -> None:
+    def run(self, bases: Bases, addresses: list[int], numbers: Numbers) -> None:
         given = self._arguments.copy()
         for index, place in self._places:
             given[index] = place.part_of(bases)

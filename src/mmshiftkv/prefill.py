@@ -20,7 +20,6 @@ import torch
 
 from shiftkv_kernels import keep_best
 from shiftkv_kernels.device import compile_once
-from shiftkv_kernels.replaying import Replays
 
 from .checks import tokens_to_keep
 from .finite import FiniteCheck
@@ -29,7 +28,7 @@ from .model.decoder import Decoder
 from .model.generation import GenerateCall
 from .model.hooks import LayerInput, PrefillHooks
 from .model.padding import PromptPadding
-from .side_stream import SideStream, share_with_main, takes_side_stream
+from .side_stream import SideStream, takes_side_stream
 from .storage.base import Pair, SelectedLayer, Selection, Storage
 
 
@@ -82,7 +81,6 @@ class Prefill:
         self._padding: PromptPadding | None = None
         self._summaries: dict[int, Any] = {}
         self._side = SideStream()
-        self._replays = Replays()
         self._is_compiled = False
         self.finite = FiniteCheck()
 
@@ -242,9 +240,9 @@ class Prefill:
         # What all layers share is made, and the mask is looked at, outside.
         self._padding.valid(keys.device)
         self.finite.flag(keys.device)
-        with self._side.running(keys.device, keys, values, self._summaries[index]):
+        with self._side.running(keys.device, keys, values, self._summaries[index]) as shared:
             selected = self._select(index, layer, keys, values)
-        share_with_main(selected.tensors, keys.device)
+            shared += selected.tensors
         return selected
 
     def _select(self, index: int, layer: SelectedLayer, keys: torch.Tensor, values: torch.Tensor) -> SelectedLayer:
@@ -259,7 +257,7 @@ class Prefill:
             kept, refitted = self._choose(index, keys, values, valid, not_finite)
         self._summaries.pop(index, None)
         self._ended += 1
-        selection = Selection(kept, keys, values, refitted, valid, not_finite, self._replays)
+        selection = Selection(kept, keys, values, refitted, valid, not_finite, self._decoder.replays)
         return self._storage.store(index, layer, selection)
 
     def _choose(
@@ -297,12 +295,13 @@ class Prefill:
             read = what_is_read(method, attention, summary)
         if read is None:
             return choose(summary)
-        key = (function is choose, read.others, count, attention.scaling, attention.softcap)
-        if not self._is_compiled and self._settings.backend != "torch":
+        backend = self._settings.backend
+        key = (method, backend, function is choose, read.others, count, attention.scaling, attention.softcap)
+        if not self._is_compiled and backend != "torch":
             self._is_compiled = True
-            name = (str(method), key, keys.shape[1], keys.shape[3], keys.dtype, keys.device)
+            name = (str(method), *key[1:], keys.shape[1], keys.shape[3], keys.dtype, keys.device)
             compile_once(name, partial(function, copy(summary)))
         inputs = (*read.tensors, keys, values, valid, not_finite, attention.sinks)
-        kept, refitted = self._replays.run(partial(function, summary), inputs, key, read.numbers)
+        kept, refitted = self._decoder.replays.run(partial(function, summary), inputs, key, read.numbers)
         assert kept is not None
         return kept, refitted

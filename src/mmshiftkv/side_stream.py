@@ -1,7 +1,7 @@
 """Selections beside the model's own work: on a GPU they run on a stream of their own, until the next layer's begins."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,27 +25,39 @@ class SideStream:
         return SideStream()
 
     @contextlib.contextmanager
-    def running(self, device: torch.device, *held: Any) -> Iterator[None]:
+    def running(self, device: torch.device, *held: Any) -> Iterator[list[torch.Tensor]]:
         """What is launched inside waits for what was launched before, and what is launched later does not wait for it.
 
         Args:
             device: the GPU.
             held: what is read inside: it stays until `join`, so that its memory is not given to others.
+
+        Yields:
+            A list for tensors that are made inside and used outside.
         """
-        self.join()
-        side, main = _stream_of(device), torch.cuda.current_stream(device)
-        side.wait_stream(main)
-        self._held = held
-        try:
-            with torch.cuda.stream(side):
-                yield
-        finally:
-            self._event = side.record_event()
+        shared: list[torch.Tensor] = []
+        with torch.cuda.device(device):
+            side, main = _stream_of(device), torch.cuda.current_stream()
+            self._join(main)
+            side.wait_stream(main)
+            self._held = held
+            torch.cuda.set_stream(side)
+            try:
+                yield shared
+            finally:
+                torch.cuda.set_stream(main)
+                self._event = side.record_event()
+        for tensor in shared:
+            tensor.record_stream(main)
 
     def join(self) -> None:
         """Lets the device go on only when the selection is complete; Python does not wait."""
         if self._event is not None:
-            torch.cuda.current_stream(self._event.device).wait_event(self._event)
+            self._join(torch.cuda.current_stream(self._event.device))
+
+    def _join(self, main: torch.cuda.Stream) -> None:
+        if self._event is not None:
+            main.wait_event(self._event)
             self._event, self._held = None, ()
 
 
@@ -58,13 +70,6 @@ def takes_side_stream(module: torch.nn.Module, keys: torch.Tensor, values: torch
     if keys.device.type != "cuda" or keys.nbytes + values.nbytes > _MOST_BYTES:
         return False
     return not hasattr(module, "_hf_hook") and not torch.cuda.is_current_stream_capturing()
-
-
-def share_with_main(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
-    """Says of tensors made inside of `SideStream.running` that they are used outside of it."""
-    main = torch.cuda.current_stream(device)
-    for tensor in tensors:
-        tensor.record_stream(main)
 
 
 def _stream_of(device: torch.device) -> torch.cuda.Stream:

@@ -71,13 +71,6 @@ def _project_token_kernel(
 
 
 @triton.jit
-def _bias_of(p_bias, n, mask):
-    if p_bias is None:
-        return tl.zeros((n.shape[0],), tl.float32)
-    return tl.load(p_bias + n, mask=mask, other=0).to(tl.float32)
-
-
-@triton.jit
 def _project_rows_kernel(
     p_state,
     p_weight_0,
@@ -122,8 +115,12 @@ def _project_rows_kernel(
         weight = tl.load(p_weights + start, mask=m_n[:, None] & m_k[None, :], other=0, eviction_policy="evict_first")
         state = tl.load(p_states + start, mask=m_row[None, :] & m_k[:, None], other=0)
         sums = tl.dot(weight, state, sums, input_precision="ieee")
-    bias = _bias_of(p_bias_0, n, m_n & is_0) + _bias_of(p_bias_1, n, m_n & is_1) + _bias_of(p_bias_2, n, m_n & is_2)
-    sums += bias[:, None]
+    if p_bias_0 is not None:
+        sums += tl.load(p_bias_0 + n, mask=m_n & is_0, other=0).to(tl.float32)[:, None]
+    if p_bias_1 is not None:
+        sums += tl.load(p_bias_1 + n, mask=m_n & is_1, other=0).to(tl.float32)[:, None]
+    if p_bias_2 is not None:
+        sums += tl.load(p_bias_2 + n, mask=m_n & is_2, other=0).to(tl.float32)[:, None]
     tl.store(p_out + row[None, :] * N + n[:, None], sums, mask=m_n[:, None] & m_row[None, :])
 
 

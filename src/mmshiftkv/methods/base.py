@@ -65,7 +65,8 @@ class Method(ABC):
         """What `score` and `refit` read of a summary, and `prepare` if it is still to come.
 
         Where they do nothing but call operations of `shiftkv_kernels` and project states by `layer`, what they did for
-        one layer can be repeated for others.  None, the default: they may do anything, and are called for every layer.
+        one layer can be repeated for others, and for other prompts of as many tokens with an equal method.  None, the
+        default: they may do anything, and are called for every layer.
 
         Args:
             layer: the attention layer.
@@ -114,7 +115,7 @@ def _speaks_of_all(kind: type[Method]) -> bool:
     read, *others = (
         next(base for base in kind.__mro__ if name in vars(base)) for name in ("read", "prepare", "score", "refit")
     )
-    return all(issubclass(read, other) for other in others)
+    return kind.__hash__ is not None and all(issubclass(read, other) for other in others)
 
 
 def check_method(method: Any) -> None:

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from shiftkv_kernels.replaying import Replays
+
 from .asking import CACHES, parameters_of, takes_query_by_function
 from .parallel import SharedHeads, rank_of
 from .queries import AttentionLayer
@@ -25,6 +27,7 @@ class Decoder:
         blocks: decoder blocks, in order.
         attention: AttentionLayer by layer index, for the layers asked for.
         rank: which of the processes that share the model this is; None: there is but one.
+        replays: what was done for a layer of a prompt, to be repeated for other layers and prompts.
 
     Raises:
         ValueError: the model is an encoder-decoder, or lacks something the method needs; the message names it.
@@ -39,6 +42,7 @@ class Decoder:
         layer_types = getattr(config, "layer_types", None)
         last_position = (getattr(config, "max_position_embeddings", None) or 1) - 1
         self.rank = rank_of(model)
+        self.replays = Replays()
         heads = SharedHeads.of(config, self.rank)
         self.attention: dict[int, AttentionLayer] = {}
         self._names: dict[int, str] = {}

@@ -30,7 +30,7 @@ class Selection:
         refitted: (B, H_kv, C, D_v), what to hold in place of the kept values; None: these.
         valid: (B, T) bool, False for padding; None when there is none.
         not_finite: (1,) bool, to be set to True if kept tokens have numbers that are not finite.
-        replays: of the prompt; None: what one layer did is not repeated for others.
+        replays: of the model; None: what was done for one layer is not repeated for others.
     """
 
     kept: torch.Tensor | None
@@ -51,7 +51,7 @@ class Selection:
 
         if self.replays is None or keys.device.type != "cuda":
             return gathered()
-        found = self.replays.run(gathered, (keys, values, kept, *(out or (None, None)), *flags), "gather")
+        found = self.replays.run(gathered, (keys, values, kept, *(out or (None, None)), *flags), ("gather", backend))
         assert found[0] is not None
         assert found[1] is not None
         return found[0], found[1]
