@@ -24,9 +24,9 @@ class EveryLayer(ShiftKV):
         return super().score(*arguments)
 
 
-def build(layers=6):
+def build(layers=6, model_type="qwen2"):
     sizes = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
-    return models.text_model("qwen2", num_hidden_layers=layers, **sizes).to("cuda", torch.bfloat16)
+    return models.text_model(model_type, num_hidden_layers=layers, **sizes).to("cuda", torch.bfloat16)
 
 
 def prefilled(model, ids, cache, **inputs):
@@ -64,6 +64,33 @@ def test_repeated_launches_keep_what_every_layer_by_itself_would(name, is_padded
     )
     method = ShiftKV(config_of(SETTINGS[name]))
     assert_same(prefilled(model, ids, PrefillSelectionCache(model, method, BUDGET), attention_mask=mask), expected)
+
+
+class Doubled(torch.nn.Linear):
+    """A projection with code of its own."""
+
+    def forward(self, states):
+        return 2 * super().forward(states)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "olmo2", "a layer of its own", "a hook"])
+def test_what_is_repeated_is_right_for_each_projection_and_each_later_prompt(model_type):
+    """Without a bias, with norms of each head and of all; all settings in turn, several prompts of one length."""
+    is_special = model_type.startswith("a ")
+    model = build(model_type="qwen2" if is_special else model_type)
+    attention = model.model.layers[3].self_attn
+    if model_type == "a layer of its own":
+        projection = Doubled(256, 512, dtype=torch.bfloat16, device="cuda")
+        projection.load_state_dict(attention.q_proj.state_dict())
+        attention.q_proj = projection
+    if model_type == "a hook":
+        attention.q_proj.register_forward_hook(lambda module, args, output: 2 * output)
+    for seed in range(2):
+        ids = models.prompt_ids(2, 200, seed=seed).cuda()
+        for settings in SETTINGS.values():
+            config = config_of(settings)
+            expected = prefilled(model, ids, PrefillSelectionCache(model, EveryLayer(config), BUDGET))
+            assert_same(prefilled(model, ids, PrefillSelectionCache(model, ShiftKV(config), BUDGET)), expected)
 
 
 @pytest.mark.parametrize("storage", [{}, {"max_new_tokens": 8}])

@@ -302,3 +302,51 @@ def test_large_logits_in_16_bits_are_no_reason_to_refuse(name, dtype):
     layers = Decoder(model.to(dtype), [0]).attention
     assert layers[0].facts.is_rebuilt
     assert layers[0].facts.pairs_halves
+
+
+def layer_and_position(name="qwen3"):
+    model = models.text_model(name)
+    layer = Decoder(model, [0, 1]).attention[1]
+    cos, sin = torch.ones(1, 1, layer.module.head_dim), torch.zeros(1, 1, layer.module.head_dim)
+    return layer, Positions((cos, sin))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "olmo2"])
+def test_what_queries_ahead_are_made_of_is_known(name):
+    """All that is read, by the module's own tensors: what can be changed without being named changes no query."""
+    layer, last = layer_and_position(name)
+    tensors, others = layer.read_ahead(last, count=4, stride=2)
+    parts = [layer.module.q_proj, *([layer.module.q_norm] if hasattr(layer.module, "q_norm") else [])]
+    parameters = [parameter for part in parts for parameter in part.parameters()]
+    assert {id(tensor) for tensor in tensors} >= {id(tensor) for tensor in (*last.factors, *parameters)}
+    hash(others)
+    states = torch.randn(1, 5, layer.module.q_proj.in_features)
+
+    def queries():
+        with torch.no_grad():
+            return layer.queries_ahead(states, last, count=4, stride=2, backend="torch").rotated()[0]
+
+    expected, named = queries(), {id(parameter) for parameter in parameters}
+    for parameter in layer.module.parameters():
+        if id(parameter) not in named:
+            parameter.data.normal_()
+    assert queries().equal(expected)
+
+
+@pytest.mark.parametrize("change", ["subclass", "hook", "pre-hook", "forward", "offloaded", "a norm of parts"])
+def test_of_modules_with_code_of_their_own_nothing_is_said(change):
+    layer, last = layer_and_position()
+    projection = layer.module.q_proj
+    if change == "subclass":
+        projection.__class__ = type("Adapted", (torch.nn.Linear,), {})
+    elif change == "hook":
+        projection.register_forward_hook(lambda *_: None)
+    elif change == "pre-hook":
+        projection.register_forward_pre_hook(lambda *_: None)
+    elif change == "forward":
+        projection.forward = lambda states: states
+    elif change == "offloaded":
+        projection._hf_hook = object()
+    else:
+        layer.module.q_norm = torch.nn.Sequential(layer.module.q_norm)
+    assert layer.read_ahead(last, count=4, stride=2) is None
