@@ -32,6 +32,13 @@ def test_each_batch_has_a_row_for_each_cache(tmp_path, capsys):
     assert "joined, budget 8, decode_ahead" in capsys.readouterr().out
 
 
+def test_one_loop_alone_may_be_measured():
+    options = ["--random-weights", "tiny", "--batches", "2", "--length", "40", "--budget", "8", "--new-tokens", "6"]
+    options += ["--loops", "decode_ahead", "--repeats", "1", "--device", "cpu"]
+    rows = joined.measure(joined.parse_arguments(options))["rows"]
+    assert [row["cache"] for row in rows] == ["DynamicCache", "StaticCache", "joined, budget 8, decode_ahead"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--new-tokens", "4"], "the first 4 of a run are not timed"), (["--batches", "0"], "at least 1, got '0'")],

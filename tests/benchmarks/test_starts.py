@@ -20,6 +20,7 @@ SETTINGS = {
     "dtype": "float32",
     "attn": "sdpa",
     "caches": ["dynamic", "static", "shiftkv"],
+    "loops": ["generate", "decode_ahead"],
     "budgets": [8],
     "lengths": [20, 40],
     "new_tokens": 6,

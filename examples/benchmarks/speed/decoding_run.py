@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from benchmarks import report
 from benchmarks.speed import decoding
 from benchmarks.speed.random_models import SHAPES, random_model
-from benchmarks.speed.rows import UNTIMED
+from benchmarks.speed.rows import LOOPS, UNTIMED
 from common import TINY_MODEL, errors_in_one_line
 
 
@@ -67,11 +68,15 @@ def cache_kinds(model: Any, arguments: argparse.Namespace) -> list[decoding.Cach
         kinds.append(decoding.static_kind(model))
     if "shiftkv" in arguments.caches:
         for budget in arguments.budgets:
-            kind = decoding.shiftkv_kind(model, budget)
-            kinds += [kind, decoding.decode_ahead_kind(kind)]
+            kinds += in_loops(decoding.shiftkv_kind(model, budget), arguments.loops)
     for kind in kinds:
         kind.make_cache(arguments.lengths[0], arguments.new_tokens)
     return kinds
+
+
+def in_loops(kind: decoding.CacheKind, loops: Sequence[str]) -> list[decoding.CacheKind]:
+    """A compressed cache in each of these loops."""
+    return [kind if loop == LOOPS[0] else decoding.decode_ahead_kind(kind) for loop in loops]
 
 
 def model_name(arguments: argparse.Namespace) -> str:

@@ -23,7 +23,7 @@ if not __package__:  # run as a script: its own folder is on the path, the folde
 from benchmarks import report
 from benchmarks.arguments import drop_repeats, need_packages
 from benchmarks.speed.random_models import SHAPES
-from benchmarks.speed.rows import UNTIMED
+from benchmarks.speed.rows import LOOPS, UNTIMED
 from common import DTYPES, choose_device, errors_in_one_line, output_file, positive_integer, script_parser
 
 CUDA = {"batches": [1, 8, 32, 64], "length": 8192, "new_tokens": 256, "dtype": "bfloat16"}
@@ -41,6 +41,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batches", type=positive_integer, nargs="+", help="prompts decoded together (default: 1 8 32 64; CPU: 1 4)")
     add("--length", type=positive_integer, help="tokens of each prompt (default: 8192; CPU: 256)")
     add("--budget", type=positive_integer, default=128, help="tokens kept per layer and head (default: %(default)s)")
+    add("--loops", nargs="+", choices=LOOPS, default=list(LOOPS), help="what decodes joined prompts (default: both)")
     add("--new-tokens", type=positive_integer, help=f"the first {UNTIMED} are not timed (default: 256; CPU: 16)")
     add("--repeats", type=positive_integer, default=2, help="measured runs (default: %(default)s)")
     add("--dtype", choices=DTYPES[1:], help="default: bfloat16; CPU: float32")
@@ -54,7 +55,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             setattr(arguments, name, value)
     if arguments.new_tokens <= UNTIMED:
         parser.error(f"--new-tokens {arguments.new_tokens}: the first {UNTIMED} of a run are not timed")
-    drop_repeats(arguments, "batches")
+    drop_repeats(arguments, "batches", "loops")
     # As decoding_run.py names them.
     arguments.lengths, arguments.budgets, arguments.may_drop_lengths = [arguments.length], [arguments.budget], False
     arguments.caches = ["dynamic", "static", "joined"]
@@ -86,7 +87,7 @@ def joined_kind(model: Any, batch: int, budget: int) -> Any:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """The record, which is also written to the file of `--json`."""
     from benchmarks.speed import decoding
-    from benchmarks.speed.decoding_run import decoding_settings, fitting_lengths, load_model
+    from benchmarks.speed.decoding_run import decoding_settings, fitting_lengths, in_loops, load_model
 
     with errors_in_one_line():
         model = load_model(arguments)
@@ -98,7 +99,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     for batch in arguments.batches:
         joined = joined_kind(model, batch, arguments.budget)
-        kinds = [decoding.dynamic_kind(model), decoding.static_kind(model), joined, decoding.decode_ahead_kind(joined)]
+        kinds = [decoding.dynamic_kind(model), decoding.static_kind(model), *in_loops(joined, arguments.loops)]
         for rows in decoding.measure(
             model,
             kinds,

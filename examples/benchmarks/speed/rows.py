@@ -7,6 +7,8 @@ from typing import Any
 UNTIMED = 4
 # The first prompts of a new process, whose times and compilations are not counted.
 WARMING_UP = 3
+# What decodes on a compressed cache: `generate`'s own loop, and this package's.
+LOOPS = ("generate", "decode_ahead")
 
 
 @dataclass(frozen=True)

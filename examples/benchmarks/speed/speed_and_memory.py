@@ -50,7 +50,7 @@ from benchmarks.arguments import drop_repeats, need_packages
 from benchmarks.speed.checking import TOLERANCE, check
 from benchmarks.speed.figures import figures, what_it_is_of
 from benchmarks.speed.random_models import SHAPES
-from benchmarks.speed.rows import UNTIMED, WARMING_UP
+from benchmarks.speed.rows import LOOPS, UNTIMED, WARMING_UP
 from common import DTYPES, choose_device, errors_in_one_line, output_file, picture_file, positive_integer, script_parser
 
 CACHES = ("dynamic", "static", "shiftkv")
@@ -160,6 +160,7 @@ def _add_decoding(group: argparse._ArgumentGroup) -> None:
     source.add_argument("--model", help="hub id or local folder (default: the small Qwen2.5-VL of this repository)")
     source.add_argument("--random-weights", choices=SHAPES, help="a model of these shapes, without a checkpoint")
     group.add_argument("--caches", nargs="+", choices=CACHES, help="which to measure (default: all)")
+    group.add_argument("--loops", nargs="+", choices=LOOPS, help="what decodes on ShiftKVCache (default: both)")
     group.add_argument(
         "--new-tokens",
         type=positive_integer,
@@ -205,7 +206,7 @@ def _fill_in(arguments: argparse.Namespace, defaults: dict[str, Any]) -> None:
 def _check_selection(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     if arguments.starts:
         parser.error("--selection goes without --cold-start and --prompts-of-different-length")
-    for name in ("model", "random_weights", "caches", "new_tokens", "dtype", "attn", "device", "plot"):
+    for name in ("model", "random_weights", "caches", "loops", "new_tokens", "dtype", "attn", "device", "plot"):
         if getattr(arguments, name) is not None:
             parser.error(f"--{name.replace('_', '-')} goes without --selection")
     _fill_in(arguments, DEFAULTS["selection"])
@@ -223,6 +224,7 @@ def _check_decoding(parser: argparse.ArgumentParser, arguments: argparse.Namespa
         parser.error("--dtype auto is that of a checkpoint, and --random-weights has none")
     arguments.device = arguments.device or choose_device("auto")
     arguments.caches, arguments.attn = arguments.caches or list(CACHES), arguments.attn or "sdpa"
+    arguments.loops = [loop for loop in LOOPS if loop in (arguments.loops or LOOPS)]
     arguments.may_drop_lengths = arguments.lengths is None
     if arguments.starts:
         _check_starts(parser, arguments)

@@ -26,10 +26,11 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.speed.rows import WARMING_UP
+from benchmarks.speed.rows import LOOPS, WARMING_UP
 from common import errors_in_one_line, fail
 
-SETTINGS = ("model", "random_weights", "dtype", "attn", "caches", "budgets", "lengths", "new_tokens", "cold_start")
+SETTINGS = ("model", "random_weights", "dtype", "attn", "caches", "loops", "budgets", "lengths")
+SETTINGS += ("new_tokens", "cold_start")
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ def _caches(arguments: argparse.Namespace) -> list[tuple[str, bool]]:
         names.append(("StaticCache", True))
     if "shiftkv" in arguments.caches:
         for budget in arguments.budgets:
-            names += [(f"ShiftKVCache, budget {budget}{loop}", False) for loop in ("", ", decode_ahead")]
+            name = f"ShiftKVCache, budget {budget}"
+            names += [(name if loop == LOOPS[0] else f"{name}, {loop}", False) for loop in arguments.loops]
     return names
 
 
