@@ -72,9 +72,10 @@ def _project_token_kernel(
 
 @triton.jit
 def _bias_of(p_bias, n, mask):
-    if p_bias is None:
-        return tl.zeros((n.shape[0],), tl.float32)
-    return tl.load(p_bias + n, mask=mask, other=0).to(tl.float32)
+    bias = tl.zeros((n.shape[0],), tl.float32)
+    if p_bias is not None:
+        bias = tl.load(p_bias + n, mask=mask, other=0).to(tl.float32)
+    return bias
 
 
 @triton.jit
