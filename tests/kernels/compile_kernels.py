@@ -11,6 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from shiftkv_kernels import MOST_ROWS
 from shiftkv_kernels.device import Gpu
 from shiftkv_kernels.fused import (
     attend,
@@ -38,7 +39,7 @@ INPUTS |= {f"p_{part}_{index}" for part in ("weight", "bias", "out") for index i
 INPUTS |= {"p_query"} | {"p_refitted", "p_sinks"} | {"p_queries", "p_cos", "p_sin", "p_rotated", "p_rotated_last"}
 UNIT_STRIDES = {"stride_kd", "stride_vd"}
 UNSPECIALIZED = {"T", "C", "S", "tiles_per_part", "chunks_per_program", "steps_per_program", "seed", "stream", "first"}
-UNSPECIALIZED |= {"parts", "shares", "tiles"}
+UNSPECIALIZED |= {"parts", "shares", "tiles", "rows"}
 
 
 # What few models have: None for the others.
@@ -195,16 +196,27 @@ def other_cases(capability: int) -> dict[str, Any]:
 
 
 def projection_cases(capability: int) -> dict[str, Any]:
-    """Projections of queries, keys and values, with biases, and of one layer without."""
-    three = {"BLOCK_K": project_token._INPUTS_AT_ONCE}
+    """Projections of queries, keys and values, with biases, and of one layer without: of one row and of several."""
     one = {f"p_{part}_{index}": None for part in ("weight", "bias", "out") for index in (1, 2)} | {"p_bias_0": None}
-    kernel = project_token._project_token_kernel
-    return {
-        f"{kernel.__name__} {name}": compile_kernel(
-            kernel, constants, "bf16", capability, num_warps=project_token._WARPS
+    compiled = {}
+    for name, missing in (("three", {}), ("one", one)):
+        kernel, constants = project_token._project_token_kernel, {"BLOCK_K": project_token._INPUTS_AT_ONCE}
+        compiled[f"{kernel.__name__} {name}"] = compile_kernel(
+            kernel, constants | missing, "bf16", capability, num_warps=project_token._WARPS
         )
-        for name, constants in (("three", three), ("one", three | one))
-    }
+        kernel = project_token._project_rows_kernel
+        for dtype in ("bf16", "fp32"):
+            constants = {"ROWS": MOST_ROWS, "BLOCK_N": project_token._OUTPUTS}
+            constants["BLOCK_K"] = project_token._INPUT_BYTES // (4 if dtype == "fp32" else 2)
+            compiled[f"{kernel.__name__} {dtype} {name}"] = compile_kernel(
+                kernel,
+                constants | missing,
+                dtype,
+                capability,
+                num_warps=project_token._ROWS_WARPS,
+                num_stages=project_token._STAGES,
+            )
+    return compiled
 
 
 def token_attention_cases(capability: int) -> dict[str, Any]:
@@ -225,7 +237,11 @@ if __name__ == "__main__":
     kernels = group_mass_cases(target) | value_cases(target) | other_cases(target) | projection_cases(target)
     kernels |= token_attention_cases(target)
     report = {
-        name: {"shared": kernel.metadata.shared, "wgmma": "wgmma.mma_async" in kernel.asm["ptx"]}
+        name: {
+            "shared": kernel.metadata.shared,
+            "wgmma": "wgmma.mma_async" in kernel.asm["ptx"],
+            "mma": "mma.sync" in kernel.asm["ptx"],
+        }
         for name, kernel in kernels.items()
     }
     json.dump(report, sys.stdout)

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # The shared memory that one program may have.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+LEAST_SHARED_MEMORY = 99 * 1024  # of all supported GPUs: that of compute capability 8.6, 8.9 and 12.0
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def reports(tmp_path_factory):
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_all_kernels_compile_and_fit(reports, capability):
-    assert len(reports[capability]) == 55
+    assert len(reports[capability]) == 59
     shared = {name: kernel["shared"] for name, kernel in reports[capability].items()}
     assert {name: size for name, size in shared.items() if size > SHARED_MEMORY[capability]} == {}
 
@@ -47,10 +48,11 @@ def is_made_by_warpgroups(name):
     """Whether a kernel's products are such that Hopper makes them by warpgroups: of 16 bits, or of TF32 in large tiles.
 
     A refit is solved by TF32 products whatever the dtype of the values; a mean output and scores are sums of what has
-    been multiplied element by element.
+    been multiplied element by element; the rows of a projection are too few.
     """
     kernel = name.split()[0]
-    return kernel.startswith("_solve") or ("16 " in name and kernel not in ("_mean_output_kernel", "_scores_kernel"))
+    others = "_mean_output_kernel", "_scores_kernel", "_project_rows_kernel"
+    return kernel.startswith("_solve") or ("16 " in name and kernel not in others)
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
@@ -58,3 +60,12 @@ def test_products_are_made_by_warpgroups_on_hopper(reports, capability):
     made = {name for name, kernel in reports[capability].items() if kernel["wgmma"]}
     expected = set(filter(is_made_by_warpgroups, reports[capability])) if capability == 90 else set()
     assert made == expected
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_projections_of_several_rows_fit_everywhere_and_are_made_by_matrix_units(reports, capability):
+    found = {name: kernel for name, kernel in reports[capability].items() if name.startswith("_project_rows_kernel")}
+    assert len(found) == 4
+    for name, kernel in found.items():
+        assert 0 < kernel["shared"] <= LEAST_SHARED_MEMORY
+        assert kernel["mma"] == ("bf16" in name)

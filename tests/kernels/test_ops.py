@@ -106,10 +106,14 @@ REFUSED = {
         Q, LAST, torch.cat([COS, COS[:1]]), COS, STEPS, STEPS
     ),
     "sin has shape (1, 1, 16), must be the shape of cos": lambda: rotate_queries(Q, LAST, COS, COS[:1], STEPS, STEPS),
-    "state has shape (2, 1, 6), must be (..., K) with 1 in place of the dots": lambda: project_token(
-        STATE.expand(2, 1, 6), [WEIGHT], [BIAS]
+    "state has shape (17, 1, 6), must be (..., K) with 1 to 16 rows in all": lambda: project_token(
+        STATE.repeat(17, 1, 1), [WEIGHT], [BIAS]
     ),
+    "state has shape (2, 9, 6), must be (..., K)": lambda: project_token(STATE.repeat(2, 9, 1), [WEIGHT], [BIAS]),
+    "state has shape (0, 1, 6), must be (..., K)": lambda: project_token(STATE[:0], [WEIGHT], [BIAS]),
+    "state has shape (1, 1, 0), must be (..., K)": lambda: project_token(STATE[..., :0], [WEIGHT[:, :0]], [BIAS]),
     "state has shape (), must be": lambda: project_token(torch.tensor(1.0), [WEIGHT], [BIAS]),
+    "state has strides (0, 6, 1), must be contiguous": lambda: project_token(STATE.expand(2, 1, 6), [WEIGHT], [BIAS]),
     "state has strides (12, 12, 2), must be contiguous": lambda: project_token(
         torch.randn(1, 1, 12)[..., ::2], [WEIGHT], [BIAS]
     ),
