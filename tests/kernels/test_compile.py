@@ -48,10 +48,10 @@ def is_made_by_warpgroups(name):
     """Whether a kernel's products are such that Hopper makes them by warpgroups: of 16 bits, or of TF32 in large tiles.
 
     A refit is solved by TF32 products whatever the dtype of the values; a mean output and scores are sums of what has
-    been multiplied element by element; the rows of a projection are too few.
+    been multiplied element by element.
     """
     kernel = name.split()[0]
-    others = "_mean_output_kernel", "_scores_kernel", "_project_rows_kernel"
+    others = "_mean_output_kernel", "_scores_kernel"
     return kernel.startswith("_solve") or ("16 " in name and kernel not in others)
 
 
@@ -67,5 +67,6 @@ def test_projections_of_several_rows_fit_everywhere_and_are_made_by_matrix_units
     found = {name: kernel for name, kernel in reports[capability].items() if name.startswith("_project_rows_kernel")}
     assert len(found) == 4
     for name, kernel in found.items():
-        assert 0 < kernel["shared"] <= LEAST_SHARED_MEMORY
-        assert kernel["mma"] == ("bf16" in name)
+        # Tiles for warpgroups, which only GPUs with more shared memory have, take some more.
+        assert 0 < kernel["shared"] <= (SHARED_MEMORY[capability] if kernel["wgmma"] else LEAST_SHARED_MEMORY)
+        assert (kernel["mma"] or kernel["wgmma"]) == ("bf16" in name)
