@@ -231,9 +231,7 @@ class _Replayed:
         self._runner = launch.runner
         arguments = [*enumerate(launch.arguments)]
         self._arguments = [None if isinstance(each, torch.Tensor) else each for each in launch.arguments]
-        self._tensors = [
-            (index, *places.find(each)[:2]) for index, each in arguments if isinstance(each, torch.Tensor)
-        ]
+        self._tensors = [(index, *places.find(each)[:2]) for index, each in arguments if isinstance(each, torch.Tensor)]
         self._numbers = [(index, name) for index, name in enumerate(launch.names) if name in numbers]
         if any(launch.arguments[index] != numbers[name] for index, name in self._numbers):
             raise LookupError("a number that is not passed on as it is")

@@ -18,7 +18,9 @@ class SideStream:
     """
 
     def __init__(self) -> None:
-        self._event: torch.cuda.Event | None = None
+        # When what is read is there, and when the selection is complete; made once for all layers.
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._device: torch.device | None = None
         self._held: tuple[Any, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SideStream":
@@ -35,30 +37,29 @@ class SideStream:
         Yields:
             A list for tensors that are made inside and used outside.
         """
+        self.join()
         shared: list[torch.Tensor] = []
         with torch.cuda.device(device):
             side, main = _stream_of(device), torch.cuda.current_stream()
-            self._join(main)
-            side.wait_stream(main)
-            self._held = held
+            self._events = self._events or (torch.cuda.Event(), torch.cuda.Event())
+            before, after = self._events
+            before.record(main)
+            side.wait_event(before)
+            self._device, self._held = device, held
             torch.cuda.set_stream(side)
             try:
                 yield shared
             finally:
                 torch.cuda.set_stream(main)
-                self._event = side.record_event()
+                after.record(side)
         for tensor in shared:
             tensor.record_stream(main)
 
     def join(self) -> None:
         """Lets the device go on only when the selection is complete; Python does not wait."""
-        if self._event is not None:
-            self._join(torch.cuda.current_stream(self._event.device))
-
-    def _join(self, main: torch.cuda.Stream) -> None:
-        if self._event is not None:
-            main.wait_event(self._event)
-            self._event, self._held = None, ()
+        if self._device is not None and self._events is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._events[1])
+            self._device, self._held = None, ()
 
 
 def takes_side_stream(module: torch.nn.Module, keys: torch.Tensor, values: torch.Tensor) -> bool:

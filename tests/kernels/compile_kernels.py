@@ -220,16 +220,15 @@ def projection_cases(capability: int) -> dict[str, Any]:
 
 
 def token_attention_cases(capability: int) -> dict[str, Any]:
-    """One token's attention, with few slots and many, each with one of the masks."""
-    shape = {"R": 7, "D": 128, "D_V": 128, "BLOCK_D": 128, "BLOCK_D_V": 128}
-    kernel = attend_token._attend_token_kernel
-    cases = {"bool": attend_token._SMALL, "added": attend_token._LARGE}
-    return {
-        f"{kernel.__name__} {mask}": compile_kernel(
-            kernel, {**shape, "IS_ADDED": mask == "added", "BLOCK_S": slots}, "bf16", capability, num_warps=warps
-        )
-        for mask, (slots, warps) in cases.items()
+    """One token's attention with each of the masks, and what puts the parts of 1,024 slots together."""
+    shape = {"D_V": 128, "BLOCK_D_V": 128}
+    part = {**shape, "R": 7, "D": 128, "BLOCK_D": 128, "BLOCK_S": attend_token._SLOTS_PER_PROGRAM}
+    kernel, joining = attend_token._attend_part_kernel, attend_token._join_parts_kernel
+    compiled = {
+        f"{kernel.__name__} {mask}": compile_kernel(kernel, {**part, "IS_ADDED": mask == "added"}, "bf16", capability)
+        for mask in ("bool", "added")
     }
+    return compiled | {joining.__name__: compile_kernel(joining, {**shape, "BLOCK_PARTS": 16}, "bf16", capability)}
 
 
 if __name__ == "__main__":
