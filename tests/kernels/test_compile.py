@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # The shared memory that one program may have.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-LEAST_SHARED_MEMORY = 99 * 1024  # with compute capability 8.6, 8.9 and 12.0, for which code is like that for 8.0
+LEAST_SHARED_MEMORY = 99 * 1024  # of all supported GPUs: that of compute capability 8.6, 8.9 and 12.0
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,8 @@ def is_made_by_warpgroups(name):
     been multiplied element by element.
     """
     kernel = name.split()[0]
-    return kernel.startswith("_solve") or ("16 " in name and kernel not in ("_mean_output_kernel", "_scores_kernel"))
+    others = "_mean_output_kernel", "_scores_kernel"
+    return kernel.startswith("_solve") or ("16 " in name and kernel not in others)
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
@@ -66,5 +67,6 @@ def test_projections_of_several_rows_fit_everywhere_and_are_made_by_matrix_units
     found = {name: kernel for name, kernel in reports[capability].items() if name.startswith("_project_rows_kernel")}
     assert len(found) == 4
     for name, kernel in found.items():
-        assert kernel["shared"] <= (LEAST_SHARED_MEMORY if capability == 80 else SHARED_MEMORY[capability])
+        # Tiles for warpgroups, which only GPUs with more shared memory have, take some more.
+        assert 0 < kernel["shared"] <= (SHARED_MEMORY[capability] if kernel["wgmma"] else LEAST_SHARED_MEMORY)
         assert (kernel["mma"] or kernel["wgmma"]) == ("bf16" in name)
