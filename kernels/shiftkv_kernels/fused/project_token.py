@@ -16,8 +16,8 @@ from ..sizes import MOST_ROWS, divided_up
 _MOST_LAYERS = 3  # queries, keys and values
 # For one row.  The best of eight in a step of Qwen2.5-VL-7B on an H200, by 3 % or more, and on an H100.
 _INPUTS_AT_ONCE, _WARPS = 512, 2
-# For several rows: outputs, bytes of inputs, tiles under way, and warps.  Of 17 the best in such a step of eight rows on
-# an H200; 80 KiB of shared memory (Hopper: 100) are there on every supported GPU.
+# For several rows: outputs, bytes of inputs, tiles under way, and warps.  Of 17 the best in such a step of eight rows
+# on an H200; 80 KiB of shared memory (Hopper: 100) are there on every supported GPU.
 _OUTPUTS, _INPUT_BYTES, _STAGES, _ROWS_WARPS = 64, 256, 5, 4
 
 _Layer = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]  # weight (N, K), bias (N,), out (..., N)
