@@ -1,4 +1,4 @@
-"""`decoding_backend` joins the linear layers of one token, leaves all others alone, and changes no token."""
+"""`decoding_backend` joins the linear layers of one token of each row, leaves others alone, and changes no token."""
 
 import operator
 import shutil
