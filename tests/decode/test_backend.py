@@ -1,4 +1,4 @@
-"""`decoding_backend` joins the linear layers of one token, leaves all others alone, and changes no token."""
+"""`decoding_backend` joins the linear layers of one token of each row, leaves others alone, and changes no token."""
 
 import operator
 import shutil
@@ -70,11 +70,11 @@ def test_layers_that_share_an_input_are_made_together(model_type, launches, loop
     assert backend.launches == launches < backend.layers
 
 
-def test_several_rows_are_left_alone():
+@pytest.mark.parametrize(("rows", "launches", "left"), [(2, 13, 0), (16, 13, 0), (17, 0, 22)])
+def test_up_to_sixteen_rows(rows, launches, left):
     model, backend = models.text_model(), Merging()
-    assert answer(model, rows=2, compile_config=backend.config()).equal(answer(model, rows=2))
-    assert backend.launches == 0
-    assert backend.left == backend.layers == 22
+    assert answer(model, rows, compile_config=backend.config()).equal(answer(model, rows))
+    assert (backend.layers, backend.launches, backend.left) == (22, launches, left)
 
 
 def test_image_prompts(vision_case):
@@ -112,9 +112,29 @@ def merged(module, *inputs):
     return backend.launches, backend.left
 
 
-@pytest.mark.parametrize("shape", [(8,), (1, 8), (1, 1, 8)])
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (1, 1, 8), (3, 8), (16, 1, 8), (2, 4, 8)])
 def test_any_number_of_layers(shape):
     assert merged(Layers(), torch.randn(shape)) == (3, 0)
+
+
+def test_one_graph_serves_all_numbers_of_several_rows():
+    layers, backend = Layers(), Merging()
+    compiled = torch.compile(layers, backend=backend, fullgraph=True)
+    # The second number of rows makes it a symbol.
+    for rows, launches, left in (
+        (1, 3, 0),
+        (8, 6, 0),
+        (4, 6, 0),
+        (16, 6, 0),
+        (2, 6, 0),
+        (17, 6, 7),
+        (20, 6, 7),
+        (3, 6, 7),
+    ):
+        state = torch.randn(rows, 1, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(state), layers(state))
+        assert (backend.launches, backend.left) == (launches, left)
 
 
 class Scaled(nn.Linear):
@@ -145,8 +165,8 @@ def test_weights_that_are_not_used_as_they_are_stored_are_left_alone(layer):
     assert merged(layer(8, 4), torch.randn(1, 8)) == (0, 1)
 
 
-@pytest.mark.parametrize("rows", [(2,), (1, 2), (0,)])
-def test_no_row_and_several_are_left_alone(rows):
+@pytest.mark.parametrize("rows", [(17,), (2, 9), (0,)])
+def test_no_row_and_many_are_left_alone(rows):
     assert merged(nn.Linear(8, 4), torch.randn(*rows, 8)) == (0, 1)
 
 
@@ -229,10 +249,11 @@ def test_weights_of_embeddings_may_be_shared():
     assert backend.launches == 13
 
 
-def test_the_operation_is_what_the_compiler_takes_it_for():
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_operation_is_what_the_compiler_takes_it_for(rows):
     weights = [torch.randn(5, 8), torch.randn(3, 8)]
     torch.library.opcheck(
-        torch.ops.mmshiftkv.project_token.default, (torch.randn(1, 1, 8), weights, [None, weights[1][:, 0].clone()])
+        torch.ops.mmshiftkv.project_token.default, (torch.randn(rows, 1, 8), weights, [None, weights[1][:, 0].clone()])
     )
 
 

@@ -13,13 +13,14 @@ LAYERS = {
     "single outputs": [(1, False), (1, True), (3, False)],
     "more than a launch takes": [(3, True), (2, False), (6, True), (1, True), (5, False), (2, True), (4, False)],
 }
-# Several rows take 32 outputs at once, and 64 or 128 features.  Shapes in front of the features, outputs, and features.
+# Several rows take 64 outputs at once, and 64 features of float32 or 128.  Each: the shape in front of the features,
+# layers, and features.
 SEVERAL = [
     ((2, 1), LAYERS["queries, keys, values"], 1),
-    ((3, 1), [(70, False), (32, True), (33, False)], 128),
+    ((3, 1), [(130, False), (64, True), (65, False)], 128),
     ((3,), [(5, True)], 40),
     ((8,), LAYERS["more than a launch takes"], 129),
-    ((16, 1), [(31, False), (1, True)], 200),
+    ((16, 1), [(63, False), (1, True)], 200),
 ]
 # Those of Qwen2.5-VL-7B, and features of no full tile.
 SEVERAL_LARGE = [
@@ -94,7 +95,7 @@ def assert_each_row_is_what_it_gives_alone(arguments, dtype):
 
 @pytest.mark.parametrize("rows", [2, MOST_ROWS])
 def test_each_row_is_what_it_gives_alone(rows, device):
-    arguments = inputs(device, [(33, True), (4, False)], 150, torch.float32, (rows, 1))
+    arguments = inputs(device, [(65, True), (4, False)], 150, torch.float32, (rows, 1))
     assert_each_row_is_what_it_gives_alone(arguments, torch.float32)
 
 

@@ -11,6 +11,7 @@ import models
 from mmshiftkv import ShiftKVConfig, select_tokens
 from problems import Problem, allowed_errors, exact_attention, exact_group_mass, relative_error
 from shiftkv_kernels import (
+    MOST_ROWS,
     attend,
     gather,
     group_mass,
@@ -222,14 +223,21 @@ class Kernels(Case):
             token_statistics(states, backend="triton"), reference.token_statistics(states), strict=True
         ):
             torch.testing.assert_close(mine, theirs)
-        state, weights = states[0, :1].contiguous(), [states[0].contiguous(), states[-1, :1].contiguous()]
-        biases = [None, states[0, :1, 0].contiguous()]
-        found = project_token(state, weights, biases, backend="triton")
-        exact = reference.project_token(state.double(), [part.double() for part in weights], [None, biases[1].double()])
-        for mine, wanted in zip(found, exact, strict=True):
-            size = state.double().norm() * max(part.double().norm(dim=-1).max() for part in weights) + 1
-            error = (mine.double() - wanted).abs().max() / size
-            assert error <= 4 * torch.finfo(mine.dtype).eps, f"a projection: relative error {error.item():.3g}"
+        self._check_projections(states)
+
+    def _check_projections(self, states: torch.Tensor) -> None:
+        """Of the states of one row or of several, as many as there are up to the most that are taken."""
+        weights, biases = [states[0].contiguous(), states[-1, :1].contiguous()], [None, states[0, :1, 0].contiguous()]
+        doubled = [part.double() for part in weights], [None, states[0, :1, 0].double()]
+        for rows in (1, min(self.count + 1, MOST_ROWS)):
+            state = states[0, :rows].contiguous()
+            found = project_token(state, weights, biases, backend="triton")
+            exact = reference.project_token(state.double(), *doubled)
+            sizes = state.double().norm(dim=-1, keepdim=True)
+            for mine, wanted, weight in zip(found, exact, weights, strict=True):
+                error = ((mine.double() - wanted).abs() / (sizes * weight.double().norm(dim=-1).max() + 1)).max()
+                allowed = 4 * torch.finfo(mine.dtype).eps
+                assert error <= allowed, f"projections of {rows} rows: relative error {error.item():.3g}"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A backend of torch.compile for decoding: the projections of one token's state are read at the speed of memory."""
+"""A backend of torch.compile for decoding: the weights of projections are read at the speed of memory."""
 
 import math
 import operator
@@ -17,10 +17,10 @@ from .tracing import writes
 def decoding_backend(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
     """Compiles a decoding step as `generate` does by itself (Inductor, CUDA graphs), with faster linear layers.
 
-    With one row in the batch a decoding step is hardly more than reading all weights.  Linear layers that share their
-    input, as those of queries, keys and values do, become one launch of a kernel that reads them faster than several
-    small matrix products do.  Sums are float32, rounded once.  Steps of more rows, and layers whose weights are
-    quantized or spread over devices, stay as they are.
+    With few rows in the batch a decoding step is hardly more than reading all weights.  Up to 16 rows, linear layers
+    that share their input, as those of queries, keys and values do, become one launch of a kernel that reads their
+    weights once, faster than several small matrix products do.  Sums are float32, rounded once.  Steps of more rows,
+    and layers whose weights are quantized or spread over devices, stay as they are.
 
     `decode_ahead` takes it by itself; plain `generate` takes it as
     `compile_config=CompileConfig(backend=decoding_backend, mode=None)`.
@@ -38,7 +38,9 @@ def decoding_backend(graph_module: fx.GraphModule, example_inputs: list[Any]) ->
 
 
 def merge_projections(graph: fx.Graph) -> None:
-    """Has the linear layers of one token that share their input made by one `project_token`.
+    """Has the linear layers of one token of each row that share their input made by one `project_token`.
+
+    Left alone are more than 16 rows, and what `project_token` does not take.
 
     Args:
         graph: as Dynamo hands it to a backend: parameters are placeholders, and nodes know their values' shapes.
@@ -55,7 +57,7 @@ def merge_projections(graph: fx.Graph) -> None:
 
 
 def _is_projection(node: fx.Node) -> bool:
-    """Whether the node is a linear layer of a single state, with weights as they are stored."""
+    """Whether the node is a linear layer of a few rows' states, with weights as they are stored."""
     if node.op != "call_function" or node.target is not torch.nn.functional.linear or node.kwargs:
         return False
     state, *parameters = (part for part in node.args if isinstance(part, fx.Node))

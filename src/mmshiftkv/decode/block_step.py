@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from shiftkv_kernels import MOST_ROWS
+
 from ..cache import PrefillSelectionCache
 from ..storage.static import StaticLayer
 from ..storage.windows import WindowLayer
@@ -55,17 +57,22 @@ class BlockRunner:
     Args:
         cache: that is decoded on.
         programs: of the model.
+        rows: of the batch.
     """
 
-    def __init__(self, cache: PrefillSelectionCache, programs: BlockPrograms) -> None:
+    def __init__(self, cache: PrefillSelectionCache, programs: BlockPrograms, rows: int) -> None:
         self._cache = cache
         self._programs = programs
+        # With more rows no kernel is taken.  A function of their own leaves the other one more of the few times that
+        # torch compiles the same function anew.
+        self._are_few = rows <= MOST_ROWS
         self._caches = [block_cache(layer) for layer in cache.layers]
 
     def __call__(self, number: int, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Runs a block with the cache of its own layer in place of the whole one."""
         layer, cache = self._cache.layers[number], self._caches[number]
-        run = self._programs.of_kind((type(block), type(layer), getattr(layer, "sliding_window", None)))
+        kind = type(block), type(layer), getattr(layer, "sliding_window", None), self._are_few
+        run = self._programs.of_kind(kind)
         return run(
             block,
             *(cache if value is self._cache else value for value in args),
@@ -144,7 +151,8 @@ class BlockStep:
         self._slots = [(layer, layer.keys) for layer in layers if isinstance(layer, (StaticLayer, WindowLayer))]
         self._twin: Any = None
         if not self._recording.is_recorded:
-            self._twin = twin_of(self._model, self._path, BlockRunner(self._cache, self._decoding.programs))
+            runner = BlockRunner(self._cache, self._decoding.programs, self._recording.inputs[_IDS].shape[0])
+            self._twin = twin_of(self._model, self._path, runner)
 
     def _has_moved(self) -> bool:
         return any(layer.keys is not keys for layer, keys in self._slots)
