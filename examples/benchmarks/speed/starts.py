@@ -29,8 +29,7 @@ from benchmarks import report
 from benchmarks.speed.rows import LOOPS, WARMING_UP
 from common import errors_in_one_line, fail
 
-SETTINGS = ("model", "random_weights", "dtype", "attn", "caches", "loops", "budgets", "lengths")
-SETTINGS += ("new_tokens", "cold_start")
+SETTINGS = ("model", "random_weights", "dtype", "attn", "caches", "loops", "budgets", "lengths", "new_tokens")
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def _in_a_fresh_process(arguments: argparse.Namespace, cache: str, count: int) -
     Raises:
         SystemExit: it failed; with what it says of it in its last line.
     """
-    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    settings = {name: getattr(arguments, name) for name in (*SETTINGS, "cold_start")}
     settings |= {"device": str(arguments.device), "cache": cache, "count": count}
     with tempfile.TemporaryDirectory() as folder:
         given, results = Path(folder, "settings.json"), Path(folder, "results.json")
