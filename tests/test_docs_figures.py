@@ -90,17 +90,32 @@ def test_the_figures_of_documents_that_come_first_are_those_on_record():
 
 
 def test_the_figures_of_a_step_are_those_on_record():
-    rows = iter(table("docs/performance.md", "| step | rows | a token |"))
-    for name in ("step_h200_whole.json", "step_h200_blocks.json", "step_h100_blocks.json"):
-        recorded = record(name)
-        for step in recorded["steps"]:
-            card, rows_together, token, *kernels = next(rows)
-            (milliseconds,) = step["milliseconds"].values()
-            assert card.split(",")[0] in recorded["environment"]["device"]
-            assert (rows_together, token) == (str(step["batch"]), f"{milliseconds:.2f} ms")
-            spent = sum(kernel["microseconds"] for kernel in step["kernels"])
-            assert abs(sum(int(kernel) for kernel in kernels if kernel != "-") - spent) < 5
-    assert next(rows, None) is None
+    rows = table("docs/performance.md", "| budget | rows | a token |")
+    steps = record("step_h200_blocks.json")["steps"]
+    assert len(steps) == len(rows)
+    for step, (budget, rows_together, token, *kernels) in zip(steps, rows, strict=True):
+        (milliseconds,) = step["milliseconds"].values()
+        expected = [str(step["budget"]), str(step["batch"]), f"{milliseconds:.2f} ms"]
+        assert [budget, rows_together, token] == expected
+        spent = sum(kernel["microseconds"] for kernel in step["kernels"])
+        assert abs(sum(map(int, kernels)) - spent) < 5
+    one, two = (step["milliseconds"]["blocks"] for step in steps if step["batch"] == 1)
+    assert f"{one:.2f} and {two:.2f} ms at 2,048" in " ".join(TEXTS[README].split())
+    together = [step["batch"] * 1e3 / step["milliseconds"]["blocks"] for step in steps if step["batch"] == 8]
+    text = " ".join(TEXTS["docs/performance.md"].split())
+    assert f"{one:.2f} ms at budget 64 and {two:.2f} at 512 behind 2,048 tokens" in text
+    assert "{:,.0f} and {:,.0f} tokens/s".format(*together) in text
+
+
+def test_the_figures_of_starts_are_those_on_record():
+    recorded = record("starts.json")
+    (start,), (prompts,) = recorded["cold_starts"], recorded["prompts"]
+    text = " ".join(TEXTS["docs/performance.md"].split())
+    assert f"a prompt of {start['tokens']:,} tokens" in text
+    assert f"{start['second_token']:.1f} s, of which the first token took {start['first_token']:.1f}" in text
+    assert f"after {start['again']:.2f} s" in text
+    assert (len(prompts["tokens"]), prompts["compiled_later"], sum(prompts["kernels"])) == (200, 0, 0)
+    assert f"{start['second_token']:.0f} with `decode_ahead`" in TEXTS[README]
 
 
 def test_the_figures_of_the_second_model_are_those_on_record():
@@ -244,18 +259,17 @@ def test_the_other_methods_take_the_settings_that_they_are_said_to(vision_case):
 
 
 def test_the_figures_of_joined_prompts_are_those_on_record():
-    rows = table("docs/performance.md", "| batch of 8 | decoding |")
+    rows = table("docs/performance.md", "| batch | cache | decoding | a token |")
     recorded = record("joined.json")["rows"]
-    assert {row["batch"] for row in recorded} == {8}
+    assert {row["batch"] for row in recorded} == {1, 8, 32, 64}
     assert {row["tokens"] for row in recorded} == {8192}
-    expected = [
-        [
-            *(row["cache"], row["decoding"], f"{row['milliseconds']:.2f} ms", f"{row['tokens_per_second']:,.0f}"),
-            *(f"{row[name] / 2**20:,.0f} MiB" for name in ("cache_bytes", "peak_bytes")),
-        ]
-        for row in recorded
-    ]
-    assert rows == expected
+    for cells, row in zip(rows, recorded, strict=True):
+        assert cells[:3] == [str(row["batch"]), row["cache"], row["decoding"]]
+        if row["error"]:
+            assert cells[3:] == [row["error"], "-", "-", "-"]
+            continue
+        figures = [f"{row['milliseconds']:.2f} ms", f"{row['tokens_per_second']:,.0f}"]
+        assert cells[3:] == figures + [f"{row[name] / 2**20:,.0f} MiB" for name in ("cache_bytes", "peak_bytes")]
 
 
 def test_the_readme_counts_the_families_that_work():
