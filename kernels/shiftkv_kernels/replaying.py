@@ -44,7 +44,7 @@ _FUNCTIONS = frozenset(
 )
 # A view by another name.
 _VIEWS = frozenset((_aten._unsafe_view.default,))
-_MOST_RECORDINGS = 1024
+_MOST_RECORDINGS = 256
 _state = threading.local()
 
 

@@ -146,11 +146,17 @@ class Normed(torch.nn.Module):
         return self.weight * wide.to(states.dtype)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("has_bias", [True, False])
-@torch.no_grad()
-def test_linear_layers_and_norms_are_called_again_with_other_weights(has_bias):
+def test_linear_layers_and_norms_are_called_again_with_other_weights(has_bias, mode):
     """What they read lies in an input, in memory of the run, and in what another gave."""
     replays, calls = Replays(), []
+    with mode():
+        check_linear_layers(replays, calls, has_bias)
+    assert len(calls) == 1
+
+
+def check_linear_layers(replays, calls, has_bias):
     for _ in range(3):
         layer, norm = torch.nn.Linear(SIZE, 2 * SIZE, bias=has_bias), Normed(SIZE)
         a, b = rows()
@@ -168,7 +174,6 @@ def test_linear_layers_and_norms_are_called_again_with_other_weights(has_bias):
         (found,) = replays.run(function, (a, b, *weights), "key")
         heads = norm(layer(torch.stack([a + b, a - b])).view(2, 2, SIZE)).transpose(0, 1)
         torch.testing.assert_close(found, heads[0, 1] + 3 * heads[1, 0])
-    assert len(calls) == 1
 
 
 @torch.no_grad()

@@ -333,9 +333,20 @@ def test_what_queries_ahead_are_made_of_is_known(name):
     assert queries().equal(expected)
 
 
-@pytest.mark.parametrize("change", ["subclass", "hook", "pre-hook", "forward", "offloaded", "a norm of parts"])
-def test_of_modules_with_code_of_their_own_nothing_is_said(change):
+class OtherNorm(torch.nn.RMSNorm):
+    """A norm of another package."""
+
+    def forward(self, states):
+        return super().forward(states)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["subclass", "hook", "pre-hook", "forward", "offloaded", "a norm of parts", "another norm", "a class's forward"],
+)
+def test_of_modules_with_code_of_their_own_nothing_is_said(change, monkeypatch):
     layer, last = layer_and_position()
+    assert layer.read_ahead(last, count=4, stride=2) is not None
     projection = layer.module.q_proj
     if change == "subclass":
         projection.__class__ = type("Adapted", (torch.nn.Linear,), {})
@@ -347,6 +358,10 @@ def test_of_modules_with_code_of_their_own_nothing_is_said(change):
         projection.forward = lambda states: states
     elif change == "offloaded":
         projection._hf_hook = object()
-    else:
+    elif change == "a norm of parts":
         layer.module.q_norm = torch.nn.Sequential(layer.module.q_norm)
+    elif change == "another norm":
+        layer.module.q_norm = OtherNorm(layer.module.head_dim)
+    else:
+        monkeypatch.setattr(type(layer.module.q_norm), "forward", OtherNorm.forward)
     assert layer.read_ahead(last, count=4, stride=2) is None
