@@ -85,7 +85,7 @@ def _run(compiled: CompiledKernel, grid: tuple[int, ...], device: int, *given: A
     """Launches a kernel in the device's current stream; tensors may be given as addresses."""
     stream = driver.active.get_current_stream(device)
     hooks = triton.knobs.runtime
-    if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+    if getattr(hooks.launch_enter_hook, "calls", True) or getattr(hooks.launch_exit_hook, "calls", True):
         compiled[grid](*given, stream=stream)
     else:
         # Triton makes a record of each launch for those who watch, and calls them, even if there are none.

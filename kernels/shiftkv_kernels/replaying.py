@@ -176,11 +176,14 @@ class _Recording:
         numbers: of the run.
 
     Raises:
-        LookupError: something was given a tensor that is neither an input nor was made in the run, or an output is a
-            part of something.
+        LookupError: something was given a tensor that is neither an input nor was made in the run, an output is a part
+            of something, or it cannot be told which of two inputs was meant.
     """
 
     def __init__(self, watch: _Watch, inputs: Tensors, outputs: Tensors, numbers: Numbers) -> None:
+        starts = [tensor.data_ptr() for tensor in inputs if tensor is not None and tensor.numel()]
+        if len({*starts}) < len(starts):
+            raise LookupError("two inputs at one address")
         self._device = next(tensor.device for tensor in (*inputs, *watch.made) if tensor is not None)
         self._outputs = [None if tensor is None else _maker(tensor, inputs, watch.made) for tensor in outputs]
         uses = [[each for each in _parts(step) if isinstance(each, torch.Tensor)] for step in watch.steps]

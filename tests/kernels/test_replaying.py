@@ -259,6 +259,12 @@ def test_tensors_share_memory_only_if_one_is_used_after_the_other(lives):
     assert workspace.bytes <= sum(-(size // -256) * 256 for _, _, size in lives)
 
 
+def test_one_tensor_as_two_inputs_is_not_taken_for_two_tensors():
+    counted, (a, b) = Counted(), rows()
+    torch.testing.assert_close(counted(a, a), 5 * a)
+    torch.testing.assert_close(counted(a, b), 2 * a + 3 * b)
+
+
 def test_an_error_leaves_nothing_behind():
     counted = Counted()
 
