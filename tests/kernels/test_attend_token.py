@@ -43,7 +43,7 @@ def check(arguments, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("slots", [1, 127, 128, 129, 320, 600])
+@pytest.mark.parametrize("slots", [1, 64, 65, 320, 600])
 @pytest.mark.parametrize("heads", HEADS)
 def test_is_the_reference(heads, slots, dtype, device):
     arguments = inputs(device, HEADS[heads], slots, 40, dtype)
