@@ -61,7 +61,7 @@ def check(arguments, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("features", [1, 2, 40, 512, 1000, 1025, 3584])
+@pytest.mark.parametrize("features", [1, 40, 512, 1025, 3584])
 @pytest.mark.parametrize("layers", LAYERS)
 def test_is_the_reference(layers, features, dtype, device):
     check(inputs(device, LAYERS[layers], features, dtype), dtype)
