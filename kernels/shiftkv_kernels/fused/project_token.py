@@ -14,9 +14,10 @@ from ..launching import launch
 from ..sizes import MOST_ROWS, divided_up
 
 _MOST_LAYERS = 3  # queries, keys and values
-# For one row.  The best of eight in a step of Qwen2.5-VL-7B on an H200, by 3 % or more, and on an H100.
+# For one row.  The best of eight in a step of Qwen2.5-VL-7B on an H200, by 3 %; on an H100 within 0.2 % of the best of
+# five.
 _INPUTS_AT_ONCE, _WARPS = 512, 2
-# For several rows: outputs, bytes of inputs, tiles under way, and warps.  Of 17 the best in such a step of eight rows
+# For several rows: outputs, bytes of inputs, tiles under way, and warps.  The best of nine in such a step of eight rows
 # on an H200; 80 KiB of shared memory (Hopper: 100) are there on every supported GPU.
 _OUTPUTS, _INPUT_BYTES, _STAGES, _ROWS_WARPS = 64, 256, 5, 4
 
