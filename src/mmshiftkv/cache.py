@@ -99,12 +99,12 @@ class PrefillSelectionCache(DynamicCache):
         if max_new_tokens is not None:
             obstacle = obstacle_to_compiling(self._decoder, self.layers)
             if obstacle is None:
-                return StaticStorage(self._decoder, settings.budget, max_new_tokens, settings.backend)
+                return StaticStorage(self._decoder, settings.budget, max_new_tokens)
             warnings.warn(
                 f"max_new_tokens={max_new_tokens} reserves nothing, and decoding is not compiled: {obstacle}",
                 stacklevel=4,
             )
-        return GrowingStorage(settings.backend)
+        return GrowingStorage()
 
     def _begin_conversation(self, fresh_layers: list[Any]) -> None:
         self._storage = self._own_storage
@@ -357,7 +357,7 @@ class PrefillSelectionCache(DynamicCache):
         """Assisted decoding begins: the next pass holds the prompt and candidates, and storage grows."""
         super().activate_past_recording()
         if self._prefill is not None:
-            self._storage = GrowingStorage(self._settings.backend)
+            self._storage = GrowingStorage()
             self._prefill.expect_candidates(self._storage)
 
     def reset(self) -> None:

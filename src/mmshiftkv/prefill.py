@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from shiftkv_kernels import keep_best
+from shiftkv_kernels import gather, keep_best
 from shiftkv_kernels.device import compile_once
 
 from .checks import tokens_to_keep
@@ -29,7 +29,10 @@ from .model.generation import GenerateCall
 from .model.hooks import LayerInput, PrefillHooks
 from .model.padding import PromptPadding
 from .side_stream import SideStream, takes_side_stream
-from .storage.base import Pair, SelectedLayer, Selection, Storage
+from .storage.base import Pair, SelectedLayer, Selection, Storage, Taken
+
+# Keys and values (B, H_kv, T, D), a mask (B, T) where there is padding, and a flag for what is not finite.
+_Prompt = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -247,61 +250,57 @@ class Prefill:
 
     def _select(self, index: int, layer: SelectedLayer, keys: torch.Tensor, values: torch.Tensor) -> SelectedLayer:
         """Hands over to storage what is kept of a complete prompt."""
-        kept = refitted = valid = not_finite = None
-        tokens = keys.shape[2]
-        if not self._covers(tokens):
+        tokens, take = keys.shape[2], None
+        count = tokens_to_keep(self._settings.budget, tokens)
+        if count < tokens:
             assert self._padding is not None
             valid = self._padding.valid(keys.device)
             valid = None if valid is None else valid[:, :tokens]
-            not_finite = self.finite.flag(keys.device)
-            kept, refitted = self._choose(index, keys, values, valid, not_finite)
+            take = partial(self._take, index, (keys, values, valid, self.finite.flag(keys.device)), count)
+        selected = self._storage.store(index, layer, Selection(keys, values, count, take))
         self._summaries.pop(index, None)
         self._ended += 1
-        selection = Selection(kept, keys, values, refitted, valid, not_finite, self._decoder.replays)
-        return self._storage.store(index, layer, selection)
+        return selected
 
-    def _choose(
-        self,
-        index: int,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        valid: torch.Tensor | None,
-        not_finite: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The columns (B, H_kv, C) to keep, and values to hold in place of theirs, if there are such."""
-        method, attention = self._method, self._decoder.attention[index]
-        count = tokens_to_keep(self._settings.budget, keys.shape[2])
-        observed = self._summaries[index]
+    def _take(self, index: int, prompt: _Prompt, count: int, out: Pair | None) -> Taken:
+        """Chooses `count` columns of a layer's prompt and copies them, to `out` if that is given."""
+        keys, values, valid, not_finite = prompt
+        method, attention, backend = self._method, self._decoder.attention[index], self._settings.backend
 
-        def choose(summary: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def take(summary: Any, out: Pair | None) -> Taken:
             attended = attention.attended(keys, values)
             scores = checked_scores(method, method.score(attention, summary, *attended, valid), attended[0])
             scores = attention.of_stored(scores, keys.shape[1])
-            kept = keep_best(scores, count, valid, not_finite=not_finite, backend=self._settings.backend)
-            if attention.stores_latents:
-                return kept, None
-            refitted = method.refit(attention, summary, keys, values, kept, valid)
-            return kept, checked_values(method, refitted, values, kept)
+            kept = keep_best(scores, count, valid, not_finite=not_finite, backend=backend)
+            refitted = None
+            if not attention.stores_latents:
+                refitted = method.refit(attention, summary, keys, values, kept, valid)
+                refitted = checked_values(method, refitted, values, kept)
+            copied = gather(keys, values, kept, out=out, valid=valid, not_finite=not_finite, backend=backend)
+            return Taken(kept, *copied, refitted)
 
-        def prepare_and_choose(observed: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-            return choose(method.prepare(attention, observed, valid))
+        def prepare_and_take(observed: Any, out: Pair | None) -> Taken:
+            return take(method.prepare(attention, observed, valid), out)
 
+        summary = self._summaries[index]
         if keys.device.type != "cuda" or attention.stores_latents:
-            return prepare_and_choose(observed)
-        function: Callable[[Any], tuple[torch.Tensor, torch.Tensor | None]] = prepare_and_choose
-        summary, read = observed, what_is_read(method, attention, observed)
+            return prepare_and_take(summary, out)
+        function: Callable[[Any, Pair | None], Taken] = prepare_and_take
+        read = what_is_read(method, attention, summary)
         if read is None:
-            function, summary = choose, method.prepare(attention, observed, valid)
+            function, summary = take, method.prepare(attention, summary, valid)
             read = what_is_read(method, attention, summary)
         if read is None:
-            return choose(summary)
-        backend = self._settings.backend
-        key = (method, backend, function is choose, read.others, count, attention.scaling, attention.softcap)
+            return take(summary, out)
+        key = (method, backend, function is take, read.others, count, attention.scaling, attention.softcap)
         if not self._is_compiled and backend != "torch":
             self._is_compiled = True
             name = (str(method), *key[1:], keys.shape[1], keys.shape[3], keys.dtype, keys.device)
-            compile_once(name, partial(function, copy(summary)))
-        inputs = (*read.tensors, keys, values, valid, not_finite, attention.sinks)
-        kept, refitted = self._decoder.replays.run(partial(function, summary), inputs, key, read.numbers)
-        assert kept is not None
-        return kept, refitted
+            compile_once(name, partial(function, copy(summary), out))
+        inputs = (*read.tensors, *prompt, attention.sinks, *(out or (None, None)))
+        found = self._decoder.replays.run(partial(function, summary, out), inputs, key, read.numbers)
+        columns, kept_keys, kept_values, refitted = found
+        assert columns is not None
+        assert kept_keys is not None
+        assert kept_values is not None
+        return Taken(columns, kept_keys, kept_values, refitted)

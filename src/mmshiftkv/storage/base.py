@@ -6,13 +6,10 @@ Shapes of keys and values say D for the head dim of each: that of the values may
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers.cache_utils import DynamicLayer
-
-from shiftkv_kernels import gather
-from shiftkv_kernels.replaying import Replays
 
 if TYPE_CHECKING:
     from .held import HeldLayer
@@ -20,51 +17,41 @@ if TYPE_CHECKING:
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Selection:
-    """What is kept of one layer's prompt.
+class Taken(NamedTuple):
+    """What was kept of one layer's prompt.
 
     Attributes:
-        kept: (B, H_kv, C) int64, the columns to keep; None: all.
-        keys, values: (B, H_kv, T, D) and (B, H_kv, T, D_v), of the whole prompt.
-        refitted: (B, H_kv, C, D_v), what to hold in place of the kept values; None: these.
-        valid: (B, T) bool, False for padding; None when there is none.
-        not_finite: (1,) bool, to be set to True if kept tokens have numbers that are not finite.
-        replays: of the model; None: what was done for one layer is not repeated for others.
+        columns: (B, H_kv, C) int64, those that were kept, ascending.
+        keys, values: (B, H_kv, S, D) and (B, H_kv, S, D_v), of these columns and, from C on, zeros.
+        refitted: (B, H_kv, C, D_v), what to hold in place of these values; None: these.
     """
 
-    kept: torch.Tensor | None
+    columns: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
-    refitted: torch.Tensor | None = None
-    valid: torch.Tensor | None = None
-    not_finite: torch.Tensor | None = None
-    replays: Replays | None = None
+    refitted: torch.Tensor | None
 
-    def gather(self, out: Pair | None, backend: str) -> Pair:
-        """The kept keys and values, as `shiftkv_kernels.gather` gives them."""
-        keys, values, kept, flags = self.keys, self.values, self.kept, (self.valid, self.not_finite)
-        assert kept is not None
 
-        def gathered() -> Pair:
-            return gather(keys, values, kept, out=out, valid=flags[0], not_finite=flags[1], backend=backend)
+@dataclass(frozen=True)
+class Selection:
+    """What is to be kept of one layer's prompt.
 
-        if self.replays is None or keys.device.type != "cuda":
-            return gathered()
-        found = self.replays.run(gathered, (keys, values, kept, *(out or (None, None)), *flags), ("gather", backend))
-        assert found[0] is not None
-        assert found[1] is not None
-        return found[0], found[1]
+    Attributes:
+        keys, values: (B, H_kv, T, D) and (B, H_kv, T, D_v), of the whole prompt.
+        stored: C, the columns that are kept.
+        take: chooses them, and copies them to the first of S slots that it is given, or to memory of their own; None:
+            all are kept.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    stored: int
+    take: Callable[[Pair | None], Taken] | None
 
     @property
     def seen(self) -> int:
-        """Columns of the prompt."""
+        """T, the columns of the prompt."""
         return self.keys.shape[2]
-
-    @property
-    def stored(self) -> int:
-        """Columns that are kept."""
-        return self.seen if self.kept is None else self.kept.shape[2]
 
 
 class SelectedLayer(DynamicLayer, ABC):

@@ -102,7 +102,9 @@ class GrowingLayer(SelectedLayer):
 
     def _hold(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
         self._allocated = keys, values
-        self._views = self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+        if length < keys.shape[2]:
+            keys, values = keys[:, :, :length], values[:, :, :length]
+        self._views = self.keys, self.values = keys, values
 
     def _adopt(self) -> None:
         """Takes keys and values that somebody else has set: kvpress cuts answers off in this way."""
@@ -130,16 +132,9 @@ class GrowingLayer(SelectedLayer):
 
 
 class GrowingStorage(Storage):
-    """Each layer grows by itself.
-
-    Args:
-        backend: "auto", "triton" or "torch".
-    """
+    """Each layer grows by itself."""
 
     is_compileable = False
-
-    def __init__(self, backend: str) -> None:
-        self._backend = backend
 
     def check(self) -> None:
         """Nothing: every attention reads it."""
@@ -150,14 +145,11 @@ class GrowingStorage(Storage):
 
     def store(self, index: int, layer: SelectedLayer, selection: Selection) -> SelectedLayer:
         """As in `Storage`: a new layer with the kept tokens, or `layer` itself if it keeps all."""
-        kept = selection.kept
-        if kept is None:
+        if selection.take is None:
             layer.keep_all()
             return layer
-        keys, values = selection.gather(None, self._backend)
-        if selection.refitted is not None:
-            values = selection.refitted
-        return GrowingLayer.holding(kept, keys, values, selection.seen)
+        columns, keys, values, refitted = selection.take(None)
+        return GrowingLayer.holding(columns, keys, values if refitted is None else refitted, selection.seen)
 
     def restore(self, index: int, held: HeldLayer) -> SelectedLayer:
         """As in `Storage`."""

@@ -170,18 +170,15 @@ class StaticStorage(Storage):
         decoder: of the model that decodes.
         budget: as the cache's.
         max_new_tokens: tokens that fit behind what is kept of the prompt; with more, all moves to larger storage.
-        backend: "auto", "triton" or "torch".
-
     """
 
     is_compileable = True
 
-    def __init__(self, decoder: Decoder, budget: int | float, max_new_tokens: int, backend: str) -> None:
+    def __init__(self, decoder: Decoder, budget: int | float, max_new_tokens: int) -> None:
         self._decoder = decoder
         self._indices = sorted(decoder.attention)
         self._budget = budget
         self._new_tokens = max_new_tokens
-        self._backend = backend
         self._layers: list[StaticLayer] = []
         self._windows: dict[int, WindowGroup] = {}
         self._is_reserved = False
@@ -221,17 +218,18 @@ class StaticStorage(Storage):
     @torch.compiler.disable
     def store(self, index: int, layer: SelectedLayer, selection: Selection) -> StaticLayer:
         """As in `Storage`: a new layer in the buffers of this cache."""
-        kept, keys, values, stored = selection.kept, selection.keys, selection.values, selection.stored
-        slots = self._new_tokens + (stored if kept is not None else self._slots_of_prompt(stored))
+        keys, values, stored = selection.keys, selection.values, selection.stored
+        slots = self._new_tokens + (self._slots_of_prompt(stored) if selection.take is None else stored)
         out = self.buffers.of_layer(index, keys, values, slots)
-        if kept is None:
+        kept = None
+        if selection.take is None:
             for part, states in zip(out, (keys, values), strict=True):
                 part[:, :, :stored] = states
                 part[:, :, stored:] = 0
         else:
-            selection.gather(out, self._backend)
-        if selection.refitted is not None:
-            out[1][:, :, :stored] = selection.refitted
+            kept, _, _, refitted = selection.take(out)
+            if refitted is not None:
+                out[1][:, :, :stored] = refitted
         if index == self._indices[0]:
             self.lengths.start(stored, selection.seen, keys.device)
         held = StaticLayer(index, self, out, kept, stored=stored, dropped=selection.seen - stored)
