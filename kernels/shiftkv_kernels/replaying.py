@@ -100,7 +100,13 @@ class Replays:
             numbers: what it passes to kernels under these names of their parameters, and may be another in each run;
                 the kernels are compiled for any such number.
         """
-        whole_key = (key, *map(_look, inputs))
+        whole_key = (
+            key,
+            *[
+                None if one is None else (one.shape, one.stride(), one.dtype, one.device, one.data_ptr() & 15)
+                for one in inputs
+            ],
+        )
         try:
             recording = self._recordings[whole_key]
         except KeyError:
@@ -110,12 +116,6 @@ class Replays:
             self._recordings[whole_key] = recording
             return outputs
         return function() if recording is None else recording.replay(inputs, numbers or {})
-
-
-def _look(tensor: torch.Tensor | None) -> Hashable:
-    if tensor is None:
-        return None
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16
 
 
 class _Watch(TorchDispatchMode):

@@ -27,10 +27,11 @@ class Place(NamedTuple):
         assert base is not None
         if self.like is None:
             return base
-        storage, like = base.untyped_storage(), self.like
-        start = base.data_ptr() + self.offset - storage.data_ptr()
-        part = torch.empty(0, dtype=like.dtype, device=base.device)
-        return part.set_(storage, start // like.element_size(), like.shape, like.stride())
+        like = self.like
+        if base.dtype != like.dtype:
+            base = base.view(like.dtype)
+        start = base.storage_offset() + self.offset // like.element_size()
+        return base.as_strided(like.shape, like.stride(), start)
 
 
 class Workspace:

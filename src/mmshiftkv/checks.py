@@ -1,5 +1,6 @@
 """Checks of arguments; the messages name the argument, its value and what is allowed."""
 
+import functools
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -10,6 +11,7 @@ BACKENDS = ("auto", "triton", "torch")
 PREFILL_MODES = ("single", "chunked")
 
 
+@functools.lru_cache(typed=True)
 def tokens_to_keep(budget: int | float, tokens: int) -> int:
     """How many of `tokens` prompt columns a budget keeps: at most all; a share is rounded up.
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
+from .arguments import CACHE_ARGUMENTS
 from .decoder import Decoder
 from .positions import Positions
 from .queries import AttentionLayer
@@ -150,11 +151,11 @@ class _Hook:
     # missing, the output may stand in their place, and the call is not this cache's.
     def _is_mine(self, args: Any, kwargs: Any) -> bool:
         cache = self._cache()
-        return (
-            isinstance(kwargs, dict)
-            and cache is not None
-            and any(value is cache for value in (*args, *kwargs.values()))
-        )
+        if cache is None or not isinstance(kwargs, dict):
+            return False
+        if any(kwargs.get(name) is cache for name in CACHE_ARGUMENTS):
+            return True
+        return any(value is cache for value in (*args, *kwargs.values()))
 
     def before_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         hooks = self._hooks()
@@ -165,7 +166,7 @@ class _Hook:
         assert self._before is not None
         assert self._layer is not None
         hooks.finished(self._before)
-        given = {**dict(zip(self._layer.parameters, args, strict=False)), **kwargs}
+        given = {**dict(zip(self._layer.parameters, args, strict=False)), **kwargs} if args else kwargs
         hidden_states, cache = given["hidden_states"], self._cache()
         assert cache is not None
         positions = self._layer.positions_of(hidden_states, given, cache)

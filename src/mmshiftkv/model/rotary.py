@@ -100,7 +100,8 @@ class Rotary:
         assert self.module is not None
         known = _known_steps.setdefault(self.module, {})
         # A model that is converted or moved gets other buffers.
-        buffers = tuple((buffer.data_ptr(), buffer.dtype) for buffer in self.module.buffers(recurse=False))
+        own = self.module._buffers.values()
+        buffers = tuple((buffer.data_ptr(), buffer.dtype) for buffer in own if buffer is not None)
         key = (self._layer_type, count, stride, device, buffers)
         if key not in known:
             steps = self._computed_steps(torch.arange(count + 1, device=device)[None] * stride)
