@@ -7,6 +7,7 @@ import models
 from benchmarks.speed.compilations import CompilationCounter
 from mmshiftkv import CACHE_ARGUMENT, PrefillSelectionCache, ShiftKVCache, ShiftKVConfig
 from mmshiftkv.methods.shiftkv import ShiftKV
+from mmshiftkv.side_stream import SideStream
 
 pytestmark = [pytest.mark.gpu, models.requires_gpu]
 SETTINGS = {
@@ -100,8 +101,14 @@ def test_a_selection_beside_the_model_is_that_in_its_place(name, storage, monkey
     with monkeypatch.context() as patched:
         patched.setattr("mmshiftkv.prefill.takes_side_stream", lambda *_: False)
         expected = prefilled(model, ids, ShiftKVCache(model, budget=BUDGET, **SETTINGS[name]))
-    for _ in range(20):
+    beside, running = [], SideStream.running
+    monkeypatch.setattr(SideStream, "running", lambda *inputs: beside.append(inputs) or running(*inputs))
+    for _ in range(8):
+        beside.clear()
+        # So that Python is ahead of the device, as with larger models.
+        torch.cuda._sleep(400_000_000)
         found = prefilled(model, ids, ShiftKVCache(model, budget=BUDGET, **SETTINGS[name], **storage))
+        assert len(beside) == len(found.layers) - 1
         for index, layer in enumerate(found.layers):
             wanted = expected.layers[index]
             assert torch.equal(found.kept_indices(index), expected.kept_indices(index))
@@ -110,6 +117,15 @@ def test_a_selection_beside_the_model_is_that_in_its_place(name, storage, monkey
         # Memory of the selection is given to others, which write to it, while the next prompt is selected from.
         del found
         torch.empty(64 * 2**20, device="cuda").fill_(torch.nan)
+
+
+def test_where_the_device_waits_for_python_nothing_runs_beside(monkeypatch):
+    model, ids = build(), models.prompt_ids(1, 100).cuda()
+    expected = prefilled(model, ids, ShiftKVCache(model, budget=BUDGET))
+    for block in model.model.layers:
+        block.register_forward_hook(lambda *_: torch.cuda.synchronize())
+    monkeypatch.setattr(SideStream, "running", lambda *_: pytest.fail("it ran beside the model"))
+    assert_same(prefilled(model, ids, ShiftKVCache(model, budget=BUDGET)), expected)
 
 
 def test_prompts_of_other_lengths_compile_nothing():

@@ -243,6 +243,8 @@ class Prefill:
         # What all layers share is made, and the mask is looked at, outside.
         self._padding.valid(keys.device)
         self.finite.flag(keys.device)
+        if not self._side.has_time(keys.device):
+            return self._select(index, layer, keys, values)
         with self._side.running(keys.device, keys, values, self._summaries[index]) as shared:
             selected = self._select(index, layer, keys, values)
             shared += selected.tensors

@@ -2,13 +2,25 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 _MOST_BYTES = 32 * 2**20
 # By device: one for all caches, so that selections follow one another.
 _streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+class _Events(NamedTuple):
+    """Of one device.
+
+    Attributes:
+        before: when what the last selection read was there.
+        after: when the last selection was complete.
+    """
+
+    before: torch.cuda.Event
+    after: torch.cuda.Event
 
 
 class SideStream:
@@ -18,17 +30,32 @@ class SideStream:
     """
 
     def __init__(self) -> None:
-        # When what is read is there, and when the selection is complete; made once for all layers.
-        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-        self._device: torch.device | None = None
+        # Made once for all layers.
+        self._events: dict[torch.device, _Events] = {}
+        self._running: torch.device | None = None
         self._held: tuple[Any, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SideStream":
         return SideStream()
 
+    def has_time(self, device: torch.device) -> bool:
+        """Whether a selection beside the model may save time; asked once for each, when what it reads is launched.
+
+        Not where the device has to wait for Python, as long prefills of small models on slow hosts do: then it has come
+        to the last layer's selection already, and a second stream would only take Python more time.
+        """
+        self.join()
+        is_first = device not in self._events
+        if is_first:
+            self._events[device] = _Events(torch.cuda.Event(), torch.cuda.Event())
+        before = self._events[device].before
+        has_time = not is_first and not before.query()
+        before.record(torch.cuda.current_stream(device))
+        return has_time
+
     @contextlib.contextmanager
     def running(self, device: torch.device, *held: Any) -> Iterator[list[torch.Tensor]]:
-        """What is launched inside waits for what was launched before, and what is launched later does not wait for it.
+        """What is launched inside waits for what was launched before `has_time` was asked, and nothing waits for it.
 
         Args:
             device: the GPU.
@@ -37,15 +64,12 @@ class SideStream:
         Yields:
             A list for tensors that are made inside and used outside.
         """
-        self.join()
         shared: list[torch.Tensor] = []
+        before, after = self._events[device]
         with torch.cuda.device(device):
             side, main = _stream_of(device), torch.cuda.current_stream()
-            self._events = self._events or (torch.cuda.Event(), torch.cuda.Event())
-            before, after = self._events
-            before.record(main)
             side.wait_event(before)
-            self._device, self._held = device, held
+            self._running, self._held = device, held
             torch.cuda.set_stream(side)
             try:
                 yield shared
@@ -57,9 +81,9 @@ class SideStream:
 
     def join(self) -> None:
         """Lets the device go on only when the selection is complete; Python does not wait."""
-        if self._device is not None and self._events is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._events[1])
-            self._device, self._held = None, ()
+        if self._running is not None:
+            torch.cuda.current_stream(self._running).wait_event(self._events[self._running].after)
+            self._running, self._held = None, ()
 
 
 def takes_side_stream(module: torch.nn.Module, keys: torch.Tensor, values: torch.Tensor) -> bool:
