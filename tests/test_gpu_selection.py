@@ -101,14 +101,11 @@ def test_a_selection_beside_the_model_is_that_in_its_place(name, storage, monkey
     with monkeypatch.context() as patched:
         patched.setattr("mmshiftkv.prefill.takes_side_stream", lambda *_: False)
         expected = prefilled(model, ids, ShiftKVCache(model, budget=BUDGET, **SETTINGS[name]))
-    beside, running = [], SideStream.running
-    monkeypatch.setattr(SideStream, "running", lambda *inputs: beside.append(inputs) or running(*inputs))
-    for _ in range(8):
-        beside.clear()
-        # So that Python is ahead of the device, as with larger models.
-        torch.cuda._sleep(400_000_000)
+    has_time = SideStream.has_time
+    # Small models leave the device nothing to do.
+    monkeypatch.setattr(SideStream, "has_time", lambda *inputs: has_time(*inputs) or True)
+    for _ in range(20):
         found = prefilled(model, ids, ShiftKVCache(model, budget=BUDGET, **SETTINGS[name], **storage))
-        assert len(beside) == len(found.layers) - 1
         for index, layer in enumerate(found.layers):
             wanted = expected.layers[index]
             assert torch.equal(found.kept_indices(index), expected.kept_indices(index))

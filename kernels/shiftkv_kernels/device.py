@@ -1,5 +1,6 @@
 """Where the Triton kernels can run, and what a GPU has to offer them."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ _PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _compiled: set[Hashable] = set()
 BACKENDS = ("auto", "triton", "torch")
 _LEAST_CAPABILITY = (8, 0)
+_AS_IT_IS: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 
 class Gpu(NamedTuple):
@@ -31,6 +33,11 @@ def gpu_of(device: torch.device) -> Gpu:
         return Gpu(multiprocessors=4, has_warpgroup_products=False)
     properties = torch.cuda.get_device_properties(device)
     return Gpu(properties.multi_processor_count, properties.major in (9, 10))
+
+
+def on_device(index: int) -> contextlib.AbstractContextManager[Any]:
+    """As `torch.cuda.device`, but quick where that GPU is the current one."""
+    return _AS_IT_IS if index < 0 or torch.cuda.current_device() == index else torch.cuda.device(index)
 
 
 def takes_triton(backend: str, device: torch.device, unless: str | None = None) -> bool:

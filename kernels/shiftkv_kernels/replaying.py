@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .device import on_device
 from .workspace import Workspace
 
 Tensors = tuple[torch.Tensor | None, ...]
@@ -200,7 +201,7 @@ class _Recording:
         workspace = torch.empty(self._bytes, dtype=torch.uint8, device=self._device)
         bases: Bases = [workspace, *outputs, *inputs]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in bases]
-        with torch.cuda.device_of(workspace):
+        with on_device(workspace.get_device()):
             for step in self._steps:
                 step.run(bases, addresses, numbers)
         return outputs

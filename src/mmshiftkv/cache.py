@@ -295,7 +295,7 @@ class PrefillSelectionCache(DynamicCache):
     # A selection is kernels already; to trace it takes the compiler long, and gains nothing.
     @torch.compiler.disable
     def _update_prompt(self, prefill: Prefill, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> Pair:
-        layer, given = self.layers[layer_idx], (keys.detach(), values.detach())
+        layer, given = self.layers[layer_idx], [one.detach() if one.requires_grad else one for one in (keys, values)]
         with torch.no_grad(), without_autocast(keys.device):
             self.layers[layer_idx], attended = prefill.update(layer_idx, layer, *given)
         if prefill.is_over:

@@ -222,7 +222,9 @@ class Prefill:
         assert self._padding is not None
         # To look at the mask means to wait for the device: that is left for the end of the prompt.
         valid = self._padding.valid(keys.device) if ends else self._padding.unchecked(keys.device)
-        valid = None if valid is None else valid[:, -keys.shape[2] :]
+        if valid is None:
+            return inputs
+        valid = valid[:, -keys.shape[2] :]
         return LayerInput(inputs.hidden_states, inputs.positions, inputs.mask, valid)
 
     def _fold(self, index: int, inputs: LayerInput) -> None:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from shiftkv_kernels.device import on_device
+
 _MOST_BYTES = 32 * 2**20
 # By device: one for all caches, so that selections follow one another.
 _streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -32,6 +34,7 @@ class SideStream:
     def __init__(self) -> None:
         # Made once for all layers.
         self._events: dict[torch.device, _Events] = {}
+        self._current: torch.cuda.Stream | None = None
         self._running: torch.device | None = None
         self._held: tuple[Any, ...] = ()
 
@@ -50,7 +53,7 @@ class SideStream:
             self._events[device] = _Events(torch.cuda.Event(), torch.cuda.Event())
         before = self._events[device].before
         has_time = not is_first and not before.query()
-        before.record(torch.cuda.current_stream(device))
+        before.record(self._current_stream(device))
         return has_time
 
     @contextlib.contextmanager
@@ -66,8 +69,8 @@ class SideStream:
         """
         shared: list[torch.Tensor] = []
         before, after = self._events[device]
-        with torch.cuda.device(device):
-            side, main = _stream_of(device), torch.cuda.current_stream()
+        with on_device(device.index):
+            side, main = _stream_of(device), self._current_stream(device)
             side.wait_event(before)
             self._running, self._held = device, held
             torch.cuda.set_stream(side)
@@ -82,8 +85,16 @@ class SideStream:
     def join(self) -> None:
         """Lets the device go on only when the selection is complete; Python does not wait."""
         if self._running is not None:
-            torch.cuda.current_stream(self._running).wait_event(self._events[self._running].after)
+            self._current_stream(self._running).wait_event(self._events[self._running].after)
             self._running, self._held = None, ()
+
+    def _current_stream(self, device: torch.device) -> torch.cuda.Stream:
+        """As torch's function, but quick where it is that of the last call."""
+        known = self._current
+        number = torch._C._cuda_getCurrentRawStream(device.index)
+        if known is None or known.device != device or known.cuda_stream != number:
+            known = self._current = torch.cuda.current_stream(device)
+        return known
 
 
 def takes_side_stream(module: torch.nn.Module, keys: torch.Tensor, values: torch.Tensor) -> bool:
@@ -94,7 +105,7 @@ def takes_side_stream(module: torch.nn.Module, keys: torch.Tensor, values: torch
     """
     if keys.device.type != "cuda" or keys.nbytes + values.nbytes > _MOST_BYTES:
         return False
-    return not hasattr(module, "_hf_hook") and not torch.cuda.is_current_stream_capturing()
+    return "_hf_hook" not in vars(module) and not torch.cuda.is_current_stream_capturing()
 
 
 def _stream_of(device: torch.device) -> torch.cuda.Stream:

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..device import on_device
 from ..launching import launch
 from ..sizes import next_power_of_2
 
@@ -27,9 +28,10 @@ def token_statistics(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.T
     batch, tokens, features = hidden_states.shape
     if hidden_states.stride(-1) != 1:
         hidden_states = hidden_states.contiguous()
-    means, squares = (hidden_states.new_empty((batch, tokens), dtype=torch.float32) for _ in range(2))
+    means = hidden_states.new_empty((batch, tokens), dtype=torch.float32)
+    squares = torch.empty_like(means)
     block = next_power_of_2(features)
-    with torch.cuda.device_of(hidden_states):
+    with on_device(hidden_states.get_device()):
         launch(
             _token_statistics_kernel,
             (tokens, batch),

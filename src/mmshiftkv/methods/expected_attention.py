@@ -109,7 +109,7 @@ class ExpectedAttention(Method):
             scatter = earlier.scatter + scatter + step.transpose(-1, -2) @ step * (earlier.count * share)
             mean, count = earlier.mean + step * share, total
         seen = before + valid.sum(dim=1, keepdim=True)
-        return QueryStatistics(seen, count, mean, scatter, inputs.positions.tokens(-1).copied())
+        return QueryStatistics(seen, count, mean, scatter, inputs.positions.last.copied())
 
     def score(
         self,

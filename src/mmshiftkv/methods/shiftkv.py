@@ -82,8 +82,7 @@ class ShiftKV(Method):
         if earlier is not None:
             means = torch.cat([earlier.token_means, means], dim=1)
             squares = torch.cat([earlier.token_squares, squares], dim=1)
-        tokens = inputs.hidden_states.shape[1]
-        last = inputs.tokens(tokens - 1, tokens)
+        last = inputs.last
         # Only the hidden states are this layer's own: a view would keep all of them alive.
         return PromptSummary(means, squares, LayerInput(last.hidden_states.clone(), last.positions, None, last.valid))
 

@@ -43,6 +43,12 @@ class LayerInput:
         valid = None if self.valid is None else self.valid[:, part]
         return LayerInput(self.hidden_states[:, part], self.positions.tokens(start, stop), None, valid)
 
+    @property
+    def last(self) -> "LayerInput":
+        """The part of the last token (no mask)."""
+        valid = None if self.valid is None else self.valid[:, -1:]
+        return LayerInput(self.hidden_states[:, -1:], self.positions.last, None, valid)
+
     def copied(self) -> "LayerInput":
         """The same in storage of its own, so that what it was cut from can be freed."""
         valid = None if self.valid is None else self.valid.clone()
@@ -61,6 +67,7 @@ class PrefillHooks:
         self._decoder = decoder
         self._handles: list[RemovableHandle] = []
         self._seen: dict[int, LayerInput] = {}
+        self._positions: Positions | None = None
         self._left_behind: list[RemovableHandle] = []
         self._thread = 0
         for handles in (self._handles, self._left_behind):
@@ -88,6 +95,7 @@ class PrefillHooks:
             _remove_all(self._handles)
             _attached.discard(self)
             self._seen.clear()
+            self._positions = None
 
     def take(self, index: int) -> LayerInput | None:
         """What layer `index` saw in the forward pass under way, once."""
@@ -97,6 +105,12 @@ class PrefillHooks:
         """Keeps what layer `index` sees until `take`."""
         self._seen[index] = inputs
 
+    def shared(self, positions: Positions) -> Positions:
+        """The same positions; those of the layer before, with all that was made of them, if it was told the same."""
+        if self._positions is None or not positions.is_that_of(self._positions):
+            self._positions = positions
+        return self._positions
+
     def finished(self, handle: RemovableHandle) -> None:
         """Takes one hook off."""
         with _hook_lock:
@@ -105,6 +119,7 @@ class PrefillHooks:
                 self._handles.remove(handle)
             if not self._handles:
                 _attached.discard(self)
+                self._positions = None
 
     def abandon(self, handle: RemovableHandle) -> None:
         """Takes all hooks off while those of the block of `handle` are being run because it raised."""
@@ -169,7 +184,7 @@ class _Hook:
         given = {**dict(zip(self._layer.parameters, args, strict=False)), **kwargs} if args else kwargs
         hidden_states, cache = given["hidden_states"], self._cache()
         assert cache is not None
-        positions = self._layer.positions_of(hidden_states, given, cache)
+        positions = hooks.shared(self._layer.positions_of(hidden_states, given, cache))
         hooks.record(self._layer.index, LayerInput(hidden_states, positions, given.get("attention_mask")))
 
     def _give_up(self, hooks: PrefillHooks | None, args: Any, kwargs: Any) -> None:

@@ -1,7 +1,9 @@
 """Where tokens are, as a model tells its attention modules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -23,6 +25,16 @@ class Positions:
     factors: Factors
     ids: torch.Tensor | None = None
     columns: torch.Tensor | None = None
+
+    @cached_property
+    def last(self) -> "Positions":
+        """That of the last token."""
+        return self.tokens(-1)
+
+    @cached_property
+    def made(self) -> dict[Hashable, Any]:
+        """What was made of them for one layer and serves others, by what else it depends on."""
+        return {}
 
     def tokens(self, start: int, stop: int | None = None) -> "Positions":
         """The part of tokens start to stop."""
@@ -50,6 +62,10 @@ class Positions:
         if self.columns is not None and later.columns is not None:
             columns = torch.cat([self.columns, later.columns])
         return Positions(_joined(self.factors, later.factors), ids, columns)
+
+    def is_that_of(self, other: "Positions") -> bool:
+        """Whether both are made of the same tensors."""
+        return self.factors is other.factors and self.ids is other.ids and self.columns is other.columns
 
     def with_factors(self, factors: Factors) -> "Positions":
         """The same positions with other rotary factors."""

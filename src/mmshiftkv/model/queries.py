@@ -172,11 +172,14 @@ class AttentionLayer:
         """What `rotate_queries` rotates queries ahead by; None where it cannot do that."""
         if not self.facts.pairs_halves or last.factors is None:
             return None
-        factors = self.rotary.cos_and_sin(last.factors)
-        assert factors is not None
-        steps = self.rotary.steps(count, stride, factors[0].device)
-        assert isinstance(steps, tuple)
-        return *factors, steps[0][0], steps[1][0]
+        key = (self.rotary.key, count, stride)
+        if key not in last.made:
+            factors = self.rotary.cos_and_sin(last.factors)
+            assert factors is not None
+            steps = self.rotary.steps(count, stride, factors[0].device)
+            assert isinstance(steps, tuple)
+            last.made[key] = *factors, steps[0][0], steps[1][0]
+        return last.made[key]
 
     def unrotated(self, hidden_states: torch.Tensor, positions: Positions) -> torch.Tensor:
         """Queries (B, H, n, D) of attention inputs (B, n, d) before they are rotated to their positions."""

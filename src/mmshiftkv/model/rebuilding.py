@@ -64,7 +64,8 @@ class Rebuilder:
         return (*weights, *norm.parameters(), *norm.buffers()), (self._module.head_dim, type(norm), numbers)
 
     def _norm(self, letter: str) -> nn.Module | None:
-        return getattr(self._module, f"{letter}_norm", None) or getattr(self._module, f"{letter}_layernorm", None)
+        modules = self._module._modules
+        return modules.get(f"{letter}_norm") or modules.get(f"{letter}_layernorm")
 
     def rotate(self, states: torch.Tensor, factors: Factors) -> torch.Tensor:
         """Rotates (B, H, n, D) by a pair of factors, (B or 1, n, rotary dim), as the model itself does."""

@@ -72,7 +72,7 @@ class GrowingLayer(SelectedLayer):
             ValueError: a batch of another size than the one stored.
         """
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            return self._begin(key_states, value_states)
         self._adopt()
         self._match_rows(key_states)
         start, length = self.stored, self.stored + key_states.shape[-2]
@@ -84,6 +84,13 @@ class GrowingLayer(SelectedLayer):
         assert self.keys is not None
         assert self.values is not None
         return self.keys, self.values
+
+    def _begin(self, key_states: torch.Tensor, value_states: torch.Tensor) -> Pair:
+        """Takes a copy of the first states as the storage."""
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        keys, values = (one.detach().clone(memory_format=torch.contiguous_format) for one in (key_states, value_states))
+        self._hold(keys, values, keys.shape[2])
+        return keys, values
 
     def get_seq_length(self) -> int:
         """Tokens seen: the position of the next one."""
