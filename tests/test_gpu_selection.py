@@ -101,10 +101,11 @@ def test_a_selection_beside_the_model_is_that_in_its_place(name, storage, monkey
     with monkeypatch.context() as patched:
         patched.setattr("mmshiftkv.prefill.takes_side_stream", lambda *_: False)
         expected = prefilled(model, ids, ShiftKVCache(model, budget=BUDGET, **SETTINGS[name]))
-    has_time = SideStream.has_time
-    # Small models leave the device nothing to do.
-    monkeypatch.setattr(SideStream, "has_time", lambda *inputs: has_time(*inputs) or True)
+    beside, running = [], SideStream.running
+    monkeypatch.setattr(SideStream, "running", lambda *inputs: beside.append(inputs) or running(*inputs))
     for _ in range(20):
+        # Small models leave the device nothing to do.
+        torch.cuda._sleep(20_000_000)
         found = prefilled(model, ids, ShiftKVCache(model, budget=BUDGET, **SETTINGS[name], **storage))
         for index, layer in enumerate(found.layers):
             wanted = expected.layers[index]
@@ -114,6 +115,7 @@ def test_a_selection_beside_the_model_is_that_in_its_place(name, storage, monkey
         # Memory of the selection is given to others, which write to it, while the next prompt is selected from.
         del found
         torch.empty(64 * 2**20, device="cuda").fill_(torch.nan)
+    assert len(beside) > 20
 
 
 def test_where_the_device_waits_for_python_nothing_runs_beside(monkeypatch):

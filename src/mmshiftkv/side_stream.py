@@ -17,8 +17,8 @@ class _Events(NamedTuple):
     """Of one device.
 
     Attributes:
-        before: when what the last selection read was there.
-        after: when the last selection was complete.
+        before: when what the last selection beside the model read was there.
+        after: when it was complete.
     """
 
     before: torch.cuda.Event
@@ -44,17 +44,16 @@ class SideStream:
     def has_time(self, device: torch.device) -> bool:
         """Whether a selection beside the model may save time; asked once for each, when what it reads is launched.
 
-        Not where the device has to wait for Python, as long prefills of small models on slow hosts do: then it has come
-        to the last layer's selection already, and a second stream would only take Python more time.
+        Not where the device has done all of that and waits for Python: a second stream only takes Python more time.
         """
         self.join()
-        is_first = device not in self._events
-        if is_first:
+        if device not in self._events:
             self._events[device] = _Events(torch.cuda.Event(), torch.cuda.Event())
-        before = self._events[device].before
-        has_time = not is_first and not before.query()
-        before.record(self._current_stream(device))
-        return has_time
+        main = self._current_stream(device)
+        if main.query():
+            return False
+        self._events[device].before.record(main)
+        return True
 
     @contextlib.contextmanager
     def running(self, device: torch.device, *held: Any) -> Iterator[list[torch.Tensor]]:
