@@ -185,6 +185,23 @@ def test_the_times_per_token_are_those_on_record():
         assert cells == [found[0]["decoding"], *times, held, f"{together:,.0f} tokens/s"]
 
 
+def test_the_figures_of_large_batches_are_those_on_record():
+    recorded = record("decoding_batch_32_64.json")
+    settings = recorded["settings"]
+    batches = " ".join(map(str, settings["batches"]))
+    command = f"--lengths 2048 --batches {batches} --budgets 64 --new-tokens {settings['new_tokens']} --repeats 2"
+    assert command in TEXTS["docs/performance.md"]
+    assert (settings["lengths"], settings["budgets"], settings["repeats"]) == ([2048], [64], 2)
+    for cells, row in zip(
+        table("docs/performance.md", "| batch | cache | decoding | a token | tokens/s | cache holds | peak of"),
+        recorded["rows"],
+        strict=True,
+    ):
+        assert cells[:3] == [str(row["batch"]), row["cache"], row["decoding"]]
+        figures = [f"{row['milliseconds']:.2f} ms", f"{row['tokens_per_second']:,.0f}"]
+        assert cells[3:] == figures + [f"{row[name] / 2**20:,.0f} MiB" for name in ("cache_bytes", "peak_bytes")]
+
+
 def selection_rows():
     """Of each recorded method and budget, its rows by length, for a batch of one."""
     recorded = record("selection.json")
@@ -259,7 +276,7 @@ def test_the_other_methods_take_the_settings_that_they_are_said_to(vision_case):
 
 
 def test_the_figures_of_joined_prompts_are_those_on_record():
-    rows = table("docs/performance.md", "| batch | cache | decoding | a token |")
+    rows = table("docs/performance.md", "| batch | cache | decoding | a token | tokens per second |")
     recorded = record("joined.json")["rows"]
     assert {row["batch"] for row in recorded} == {1, 8, 32, 64}
     assert {row["tokens"] for row in recorded} == {8192}
