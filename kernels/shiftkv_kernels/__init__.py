@@ -3,7 +3,7 @@
 Every operation is stated in `reference` in plain torch; on a GPU the kernels in `fused` take its place.
 """
 
-from .decoding_ops import attend_token, project_token
+from .decoding_ops import attend_token, project_gate, project_token
 from .ops import (
     attend,
     draw_samples,
@@ -26,6 +26,7 @@ __all__ = [
     "gather",
     "group_mass",
     "keep_best",
+    "project_gate",
     "project_token",
     "refit_values",
     "rotate_queries",

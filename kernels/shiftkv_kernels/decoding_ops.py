@@ -1,5 +1,6 @@
 """The public operations of a decoding step; otherwise as `ops`."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,10 +15,55 @@ def project_token(
     state: torch.Tensor,
     weights: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None],
+    norm: tuple[torch.Tensor, float] | None = None,
+    residual: torch.Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> list[torch.Tensor]:
-    """Linear layers (N, K) that share a few rows of states (..., K); each has its own N, and a bias (N,) or None."""
+    """Linear layers (N, K) that share a few rows of states (..., K); each has its own N, and a bias (N,) or None.
+
+    A root mean square norm, the weight (K,) and epsilon of which are given, may stand before them.  To the output of a
+    single layer a residual (..., N) may be added.
+    """
+    _check_layers(state, weights, biases, norm)
+    if residual is not None:
+        if len(weights) != 1:
+            raise ValueError(f"residual is added to the output of one layer, weights has {len(weights)} entries")
+        check_shape("residual", residual, "(..., N)", (*state.shape[:-1], weights[0].shape[0]))
+        check_alike("residual", residual, "state", state)
+    if takes_triton(backend, state.device, unless=_obstacle(state, norm)):
+        from .fused.project_token import project_token as fused
+
+        return fused(state, weights, biases, norm, residual)
+    return reference.project_token(state, weights, biases, norm, residual)
+
+
+def project_gate(
+    state: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    norm: tuple[torch.Tensor, float] | None = None,
+    *,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """SiLU of one linear layer times another (..., N): two weights (N, K) and biases; otherwise as `project_token`."""
+    if len(weights) != 2:
+        raise ValueError(f"weights has {len(weights)} entries, must have two: of the gate and of what it multiplies")
+    _check_layers(state, weights, biases, norm)
+    check_shape("weights[1]", weights[1], "(N, K)", weights[0].shape)
+    if takes_triton(backend, state.device, unless=_obstacle(state, norm)):
+        from .fused.project_gate import project_gate as fused
+
+        return fused(state, weights, biases, norm)
+    return reference.project_gate(state, weights, biases, norm)
+
+
+def _check_layers(
+    state: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    norm: tuple[torch.Tensor, float] | None,
+) -> None:
     if state.dim() == 0 or state.numel() == 0 or state.numel() > MOST_ROWS * state.shape[-1]:
         raise ValueError(f"state has shape {tuple(state.shape)}, must be (..., K) with 1 to {MOST_ROWS} rows in all")
     if len(biases) != len(weights):
@@ -29,11 +75,19 @@ def project_token(
         if bias is not None:
             check_shape(f"biases[{index}]", bias, "(N,)", weight.shape[:1])
             check_alike(f"biases[{index}]", bias, "state", state)
-    if takes_triton(backend, state.device, unless=no_product_of(state.dtype)):
-        from .fused.project_token import project_token as fused
+    if norm is not None:
+        weight, eps = norm
+        check_shape("norm[0]", weight, "(K,)", state.shape[-1:])
+        check_alike("norm[0]", weight, "state", state)
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"norm[1]={eps!r} must be at least 0, and finite")
 
-        return fused(state, weights, biases)
-    return reference.project_token(state, weights, biases)
+
+def _obstacle(state: torch.Tensor, norm: tuple[torch.Tensor, float] | None) -> str | None:
+    """Why the kernels cannot take these, if they cannot."""
+    if norm is not None and state.dtype == torch.float16:
+        return "products of a state that is not yet normed may be too large for torch.float16"
+    return no_product_of(state.dtype)
 
 
 def attend_token(

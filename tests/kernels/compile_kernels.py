@@ -7,11 +7,11 @@ import json
 import sys
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from shiftkv_kernels import MOST_ROWS
 from shiftkv_kernels.device import Gpu
 from shiftkv_kernels.fused import (
     attend,
@@ -20,6 +20,7 @@ from shiftkv_kernels.fused import (
     group_mass,
     keep_best,
     log_sums,
+    project_gate,
     project_token,
     refit_values,
     rotation,
@@ -32,10 +33,11 @@ from shiftkv_kernels.fused import (
     vote,
 )
 
-FLOATS = {"scale", "cap_scale", "threshold", "remainder", "gamma", "per_row", "last_weight", "ridge"}
+FLOATS = {"scale", "cap_scale", "threshold", "remainder", "gamma", "per_row", "last_weight", "ridge", "eps"}
 POINTERS = {"p_valid": "*u8", "p_cuts": "*i32", "p_kept": "*i64", "p_indices": "*i64", "p_mask": "*u8"}
 INPUTS = {"p_proxies", "p_last", "p_keys", "p_values", "p_kept_keys", "p_kept_values", "p_states", "p_samples"}
 INPUTS |= {f"p_{part}_{index}" for part in ("weight", "bias", "out") for index in range(3)} | {"p_state"}
+INPUTS |= {"p_norm", "p_residual", "p_out"}
 INPUTS |= {"p_query"} | {"p_refitted", "p_sinks"} | {"p_queries", "p_cos", "p_sin", "p_rotated", "p_rotated_last"}
 UNIT_STRIDES = {"stride_kd", "stride_vd"}
 UNSPECIALIZED = {"T", "C", "S", "tiles_per_part", "chunks_per_program", "steps_per_program", "seed", "stream", "first"}
@@ -196,25 +198,34 @@ def other_cases(capability: int) -> dict[str, Any]:
 
 
 def projection_cases(capability: int) -> dict[str, Any]:
-    """Projections of queries, keys and values, with biases, and of one layer without: of one row and of several."""
-    one = {f"p_{part}_{index}": None for part in ("weight", "bias", "out") for index in (1, 2)} | {"p_bias_0": None}
+    """Projections and gates of one row and of several: with biases, norms in front and a residual behind, and without.
+
+    Those with a residual have one layer, those with biases three.
+    """
+    biases = {"p_bias_0": None, "p_bias_1": None, "p_bias_2": None}
+    one = {f"p_{part}_{index}": None for part in ("weight", "out") for index in (1, 2)} | biases
+    norm, residual = {"p_norm": None}, {"p_residual": None}
+    layers = project_token._project_token_kernel, project_token._project_rows_kernel
+    gates = project_gate._project_gate_kernel, project_gate._project_gate_rows_kernel
+    missing: tuple[tuple[str, Any, dict[str, None]], ...] = (
+        ("of three", layers, norm | residual),
+        ("of three with a norm", layers, residual),
+        ("of one", layers, one | norm | residual),
+        ("of one with a residual", layers, one | norm),
+        ("with biases", gates, norm),
+        ("with a norm", gates, {name: biases[name] for name in ("p_bias_0", "p_bias_1")}),
+    )
     compiled = {}
-    for name, missing in (("three", {}), ("one", one)):
-        kernel, constants = project_token._project_token_kernel, {"BLOCK_K": project_token._INPUTS_AT_ONCE}
-        compiled[f"{kernel.__name__} {name}"] = compile_kernel(
-            kernel, constants | missing, "bf16", capability, num_warps=project_token._WARPS
+    for name, (of_one_row, of_rows), without in missing:
+        one_row = dict(project_token.ONE_ROW)
+        compiled[f"{of_one_row.__name__} bf16 {name}"] = compile_kernel(
+            of_one_row, without | {"BLOCK_K": one_row.pop("BLOCK_K")}, "bf16", capability, **one_row
         )
-        kernel = project_token._project_rows_kernel
         for dtype in ("bf16", "fp32"):
-            constants = {"ROWS": MOST_ROWS, "BLOCK_N": project_token._OUTPUTS}
-            constants["BLOCK_K"] = project_token._INPUT_BYTES // (4 if dtype == "fp32" else 2)
-            compiled[f"{kernel.__name__} {dtype} {name}"] = compile_kernel(
-                kernel,
-                constants | missing,
-                dtype,
-                capability,
-                num_warps=project_token._ROWS_WARPS,
-                num_stages=project_token._STAGES,
+            rows = project_token.several_rows(torch.float32 if dtype == "fp32" else torch.bfloat16)
+            tiles = {size: rows.pop(size) for size in ("ROWS", "BLOCK_N", "BLOCK_K")}
+            compiled[f"{of_rows.__name__} {dtype} {name}"] = compile_kernel(
+                of_rows, without | tiles, dtype, capability, **rows
             )
     return compiled
 

@@ -16,36 +16,46 @@ from ..sizes import MOST_ROWS, divided_up
 _MOST_LAYERS = 3  # queries, keys and values
 # For one row.  The best of eight in a step of Qwen2.5-VL-7B on an H200, by 3 %; on an H100 within 0.2 % of the best of
 # five.
-_INPUTS_AT_ONCE, _WARPS = 512, 2
+ONE_ROW = {"BLOCK_K": 512, "num_warps": 2}
 # For several rows: outputs, bytes of inputs, tiles under way, and warps.  The best of nine in such a step of eight rows
 # on an H200; 80 KiB of shared memory (Hopper: 100) are there on every supported GPU.
-_OUTPUTS, _INPUT_BYTES, _STAGES, _ROWS_WARPS = 64, 256, 5, 4
+OUTPUTS, _INPUT_BYTES, _STAGES, _ROWS_WARPS = 64, 256, 5, 4
 
 _Layer = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]  # weight (N, K), bias (N,), out (..., N)
 
 
 @triton.jit
-def _project(p_state, p_weight, p_bias, p_out, n, K, BLOCK_K: tl.constexpr):
+def _project(p_state, p_norm, eps, p_residual, p_weight, p_bias, p_out, n, K, BLOCK_K: tl.constexpr):
     """Writes output n of one linear layer."""
     n = tl.cast(n, tl.int64)
     k = tl.arange(0, BLOCK_K)
     p_weight += n * K
-    sums = tl.zeros((BLOCK_K,), tl.float32)
+    sums, squares = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
     for start in range(0, K, BLOCK_K):
         mask = k < K - start
         state = tl.load(p_state + start + k, mask=mask, other=0).to(tl.float32)
         # A step reads each weight once: it need not push anything out of the cache.
         weight = tl.load(p_weight + start + k, mask=mask, other=0, eviction_policy="evict_first").to(tl.float32)
+        if p_norm is not None:
+            squares += state * state
+            state *= tl.load(p_norm + start + k, mask=mask, other=0).to(tl.float32)
         sums += weight * state
     total = tl.sum(sums, 0)
+    if p_norm is not None:
+        total *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
     if p_bias is not None:
         total += tl.load(p_bias + n).to(tl.float32)
+    if p_residual is not None:
+        total = total.to(p_out.dtype.element_ty).to(tl.float32) + tl.load(p_residual + n).to(tl.float32)
     tl.store(p_out + n, total)
 
 
 @triton.jit
 def _project_token_kernel(
     p_state,
+    p_norm,
+    eps,
+    p_residual,
     p_weight_0,
     p_bias_0,
     p_out_0,
@@ -60,21 +70,58 @@ def _project_token_kernel(
     N_1,
     BLOCK_K: tl.constexpr,
 ):
-    """One output of one to three linear layers."""
+    """One output of one to three linear layers; what is added to outputs is added to the first's."""
     n = tl.program_id(0)
     if n < N_0:
-        _project(p_state, p_weight_0, p_bias_0, p_out_0, n, K, BLOCK_K)
+        _project(p_state, p_norm, eps, p_residual, p_weight_0, p_bias_0, p_out_0, n, K, BLOCK_K)
     elif n < N_0 + N_1:
         if p_weight_1 is not None:
-            _project(p_state, p_weight_1, p_bias_1, p_out_1, n - N_0, K, BLOCK_K)
+            _project(p_state, p_norm, eps, None, p_weight_1, p_bias_1, p_out_1, n - N_0, K, BLOCK_K)
     else:
         if p_weight_2 is not None:
-            _project(p_state, p_weight_2, p_bias_2, p_out_2, n - N_0 - N_1, K, BLOCK_K)
+            _project(p_state, p_norm, eps, None, p_weight_2, p_bias_2, p_out_2, n - N_0 - N_1, K, BLOCK_K)
+
+
+@triton.jit
+def sum_rows(
+    p_state,
+    p_norm,
+    eps,
+    p_weight,
+    mask,
+    rows,
+    K,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Sums (BLOCK_N, ROWS) over the inputs of BLOCK_N outputs, whose weights begin at `p_weight`, for all rows."""
+    k, row = tl.arange(0, BLOCK_K), tl.arange(0, ROWS)
+    p_weights = p_weight[:, None] + k[None, :]
+    p_states = p_state + row[None, :] * K + k[:, None]
+    m_row = row < rows
+    sums, squares = tl.zeros((BLOCK_N, ROWS), tl.float32), tl.zeros((BLOCK_K, ROWS), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        m_k = k < K - start
+        weight = tl.load(p_weights + start, mask=mask[:, None] & m_k[None, :], other=0, eviction_policy="evict_first")
+        state = tl.load(p_states + start, mask=m_row[None, :] & m_k[:, None], other=0)
+        if p_norm is not None:
+            wide = state.to(tl.float32)
+            squares += wide * wide
+            norm = tl.load(p_norm + start + k, mask=m_k, other=0).to(tl.float32)
+            state = (wide * norm[:, None]).to(state.dtype)
+        sums = tl.dot(weight, state, sums, input_precision="ieee")
+    if p_norm is not None:
+        sums *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[None, :]
+    return sums
 
 
 @triton.jit
 def _project_rows_kernel(
     p_state,
+    p_norm,
+    eps,
+    p_residual,
     p_weight_0,
     p_bias_0,
     p_out_0,
@@ -107,64 +154,62 @@ def _project_rows_kernel(
         p_weight, p_out = tl.where(is_2, p_weight_2, p_weight), tl.where(is_2, p_out_2, p_out)
         N, first = tl.where(is_2, N_2, N), tl.where(is_2, tiles_0 + tiles_1, first)
     n = tl.cast(tile - first, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k, row = tl.arange(0, BLOCK_K), tl.arange(0, ROWS)
-    p_weights = p_weight + n[:, None] * K + k[None, :]
-    p_states = p_state + row[None, :] * K + k[:, None]
-    m_n, m_row = n < N, row < rows
-    sums = tl.zeros((BLOCK_N, ROWS), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        m_k = k < K - start
-        weight = tl.load(p_weights + start, mask=m_n[:, None] & m_k[None, :], other=0, eviction_policy="evict_first")
-        state = tl.load(p_states + start, mask=m_row[None, :] & m_k[:, None], other=0)
-        sums = tl.dot(weight, state, sums, input_precision="ieee")
+    m_n = n < N
+    sums = sum_rows(p_state, p_norm, eps, p_weight + n * K, m_n, rows, K, ROWS, BLOCK_N, BLOCK_K)
     if p_bias_0 is not None:
         sums += tl.load(p_bias_0 + n, mask=m_n & is_0, other=0).to(tl.float32)[:, None]
     if p_bias_1 is not None:
         sums += tl.load(p_bias_1 + n, mask=m_n & is_1, other=0).to(tl.float32)[:, None]
     if p_bias_2 is not None:
         sums += tl.load(p_bias_2 + n, mask=m_n & is_2, other=0).to(tl.float32)[:, None]
-    tl.store(p_out + row[None, :] * N + n[:, None], sums, mask=m_n[:, None] & m_row[None, :])
+    row = tl.arange(0, ROWS)
+    places, mask = row[None, :] * N + n[:, None], m_n[:, None] & (row < rows)[None, :]
+    if p_residual is not None:
+        residual = tl.load(p_residual + places, mask=mask, other=0).to(tl.float32)
+        sums = sums.to(p_out.dtype.element_ty).to(tl.float32) + residual
+    tl.store(p_out + places, sums, mask=mask)
 
 
 def project_token(
-    state: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+    state: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    norm: tuple[torch.Tensor, float] | None = None,
+    residual: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """As `reference.project_token`, on a GPU."""
     outs = [state.new_empty((*state.shape[:-1], weight.shape[0])) for weight in weights]
     layers = [*zip(weights, biases, outs, strict=True)]
     for first in range(0, len(layers), _MOST_LAYERS):
-        _launch(state, layers[first : first + _MOST_LAYERS])
+        _launch(state, norm or (None, 0.0), residual, layers[first : first + _MOST_LAYERS])
     return outs
 
 
-def _launch(state: torch.Tensor, layers: list[_Layer]) -> None:
+def _launch(
+    state: torch.Tensor,
+    norm: tuple[torch.Tensor | None, float],
+    residual: torch.Tensor | None,
+    layers: list[_Layer],
+) -> None:
     inputs = state.shape[-1]
     rows = state.numel() // inputs
     missing = _MOST_LAYERS - len(layers)
     sizes = [weight.shape[0] for weight, _, _ in layers] + [0] * missing
-    addresses = (state, *(part for layer in layers for part in layer), *[None] * (3 * missing))
+    given = (state, *norm, residual, *(part for layer in layers for part in layer), *[None] * (3 * missing))
     with torch.cuda.device_of(state):
         if rows == 1:
-            launch(
-                _project_token_kernel,
-                (sum(sizes),),
-                *addresses,
-                inputs,
-                *sizes[:-1],
-                BLOCK_K=_INPUTS_AT_ONCE,
-                num_warps=_WARPS,
-            )
+            launch(_project_token_kernel, (sum(sizes),), *given, inputs, *sizes[:-1], **ONE_ROW)
         else:
-            launch(
-                _project_rows_kernel,
-                (sum(divided_up(size, _OUTPUTS) for size in sizes),),
-                *addresses,
-                rows,
-                inputs,
-                *sizes,
-                ROWS=MOST_ROWS,
-                BLOCK_N=_OUTPUTS,
-                BLOCK_K=_INPUT_BYTES // state.element_size(),
-                num_warps=_ROWS_WARPS,
-                num_stages=_STAGES,
-            )
+            programs = sum(divided_up(size, OUTPUTS) for size in sizes)
+            launch(_project_rows_kernel, (programs,), *given, rows, inputs, *sizes, **several_rows(state.dtype))
+
+
+def several_rows(dtype: torch.dtype) -> dict[str, int]:
+    """Tiles and options of launches for several rows."""
+    return {
+        "ROWS": MOST_ROWS,
+        "BLOCK_N": OUTPUTS,
+        "BLOCK_K": _INPUT_BYTES // dtype.itemsize,
+        "num_warps": _ROWS_WARPS,
+        "num_stages": _STAGES,
+    }

@@ -5,7 +5,7 @@ Sums and softmax are float32 whatever the inputs are.
 """
 
 from .attention import group_mass, vote
-from .decoding import attend_token, project_token
+from .decoding import attend_token, project_gate, project_token
 from .proxies import draw_samples, gaussian_noise, prompt_statistics, rotate_queries, token_statistics
 from .storing import gather, keep_best
 from .values import attend, refit_values, value_scores
@@ -18,6 +18,7 @@ __all__ = [
     "gaussian_noise",
     "group_mass",
     "keep_best",
+    "project_gate",
     "project_token",
     "prompt_statistics",
     "refit_values",

@@ -6,7 +6,11 @@ import torch
 
 
 def project_token(
-    state: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+    state: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    norm: tuple[torch.Tensor, float] | None = None,
+    residual: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Linear layers that share the states of one token of each row.
 
@@ -14,11 +18,45 @@ def project_token(
         state: (..., K), 1 to 16 rows in all.
         weights: (N, K) each, with an N of its own.
         biases: (N,) or None for each of them.
+        norm: the weight (K,) of a root mean square norm of the states in front of the layers, and the epsilon that is
+            added to the mean of the squares.
+        residual: (..., N), added to the output of the only layer.
 
     Returns:
         A (..., N) for each of them, of the inputs' dtype.
     """
-    return [torch.nn.functional.linear(state, *parts) for parts in zip(weights, biases, strict=True)]
+    if norm is not None:
+        state = _normed(state, *norm)
+    outputs = [torch.nn.functional.linear(state, *parts) for parts in zip(weights, biases, strict=True)]
+    return outputs if residual is None else [residual + output for output in outputs]
+
+
+def project_gate(
+    state: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    norm: tuple[torch.Tensor, float] | None = None,
+) -> torch.Tensor:
+    """The inner part of a gated MLP: SiLU of a first linear layer, the gate, times a second one.
+
+    Args:
+        state: (..., K), 1 to 16 rows in all.
+        weights: two, (N, K) each: of the gate and of what it is multiplied with.
+        biases: (N,) or None for each of them.
+        norm: as that of `project_token`.
+
+    Returns:
+        (..., N), of the inputs' dtype.
+    """
+    gate, up = project_token(state, weights, biases, norm)
+    return torch.nn.functional.silu(gate) * up
+
+
+def _normed(state: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As Llama and the models after it round: the normed state first, then its product with the weight."""
+    wide = state if state.dtype == torch.float64 else state.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (wide * scale).to(state.dtype)
 
 
 def attend_token(

@@ -1,0 +1,120 @@
+"""The inner part of a gated MLP, for one token of each row, in one launch.
+
+Each program has an output of the gate and the same output of the other layer at once, so that no product of theirs is
+left for another launch.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launching import launch
+from ..sizes import divided_up
+from .project_token import ONE_ROW, OUTPUTS, several_rows, sum_rows
+
+
+@triton.jit
+def _gated(gate, up, dtype: tl.constexpr):
+    """SiLU of the gate times the other, each rounded to the dtype as if it were stored."""
+    gate = gate.to(dtype).to(tl.float32)
+    gate = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    return gate * up.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _project_gate_kernel(
+    p_state,
+    p_norm,
+    eps,
+    p_weight_0,
+    p_bias_0,
+    p_weight_1,
+    p_bias_1,
+    p_out,
+    K,
+    BLOCK_K: tl.constexpr,
+):
+    """One output of one row."""
+    n = tl.cast(tl.program_id(0), tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    p_weight_0 += n * K
+    p_weight_1 += n * K
+    gates, ups = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
+    squares = tl.zeros((BLOCK_K,), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        mask = k < K - start
+        state = tl.load(p_state + start + k, mask=mask, other=0).to(tl.float32)
+        weight_0 = tl.load(p_weight_0 + start + k, mask=mask, other=0, eviction_policy="evict_first").to(tl.float32)
+        weight_1 = tl.load(p_weight_1 + start + k, mask=mask, other=0, eviction_policy="evict_first").to(tl.float32)
+        if p_norm is not None:
+            squares += state * state
+            state *= tl.load(p_norm + start + k, mask=mask, other=0).to(tl.float32)
+        gates += weight_0 * state
+        ups += weight_1 * state
+    gate, up = tl.sum(gates, 0), tl.sum(ups, 0)
+    if p_norm is not None:
+        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        gate *= scale
+        up *= scale
+    if p_bias_0 is not None:
+        gate += tl.load(p_bias_0 + n).to(tl.float32)
+    if p_bias_1 is not None:
+        up += tl.load(p_bias_1 + n).to(tl.float32)
+    tl.store(p_out + n, _gated(gate, up, p_out.dtype.element_ty))
+
+
+@triton.jit
+def _project_gate_rows_kernel(
+    p_state,
+    p_norm,
+    eps,
+    p_weight_0,
+    p_bias_0,
+    p_weight_1,
+    p_bias_1,
+    p_out,
+    rows,
+    K,
+    N,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of outputs, for all rows: the first half of the weights that are read at once are the gate's."""
+    HALF: tl.constexpr = BLOCK_N // 2
+    first = tl.cast(tl.program_id(0), tl.int64) * HALF
+    place, row = tl.arange(0, BLOCK_N), tl.arange(0, ROWS)
+    n = first + place % HALF
+    p_weight = tl.where(place < HALF, p_weight_0, p_weight_1) + n * K
+    sums = sum_rows(p_state, p_norm, eps, p_weight, n < N, rows, K, ROWS, BLOCK_N, BLOCK_K)
+    gate, up = tl.split(tl.permute(tl.reshape(sums, (2, HALF, ROWS)), (1, 2, 0)))
+    n = first + tl.arange(0, HALF)
+    if p_bias_0 is not None:
+        gate += tl.load(p_bias_0 + n, mask=n < N, other=0).to(tl.float32)[:, None]
+    if p_bias_1 is not None:
+        up += tl.load(p_bias_1 + n, mask=n < N, other=0).to(tl.float32)[:, None]
+    mask = (n < N)[:, None] & (row < rows)[None, :]
+    tl.store(p_out + row[None, :] * N + n[:, None], _gated(gate, up, p_out.dtype.element_ty), mask=mask)
+
+
+def project_gate(
+    state: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    norm: tuple[torch.Tensor, float] | None = None,
+) -> torch.Tensor:
+    """As `reference.project_gate`, on a GPU."""
+    outputs, inputs = weights[0].shape
+    rows = state.numel() // inputs
+    out = state.new_empty((*state.shape[:-1], outputs))
+    layers = [part for layer in zip(weights, biases, strict=True) for part in layer]
+    given = (state, *(norm or (None, 0.0)), *layers, out)
+    with torch.cuda.device_of(state):
+        if rows == 1:
+            launch(_project_gate_kernel, (outputs,), *given, inputs, **ONE_ROW)
+        else:
+            programs = divided_up(outputs, OUTPUTS // 2)
+            launch(_project_gate_rows_kernel, (programs,), *given, rows, inputs, outputs, **several_rows(state.dtype))
+    return out
