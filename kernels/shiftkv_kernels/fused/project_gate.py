@@ -87,8 +87,10 @@ def _project_gate_rows_kernel(
     first = tl.cast(tl.program_id(0), tl.int64) * HALF
     place, row = tl.arange(0, BLOCK_N), tl.arange(0, ROWS)
     n = first + place % HALF
-    p_weight = tl.where(place < HALF, p_weight_0, p_weight_1) + n * K
-    sums = sum_rows(p_state, p_norm, eps, p_weight, n < N, rows, K, ROWS, BLOCK_N, BLOCK_K)
+    offset = n[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
+    # Of whole tiles: of addresses of single rows the compiler does not know that what follows them is contiguous.
+    p_weights = tl.where((place < HALF)[:, None], p_weight_0 + offset, p_weight_1 + offset)
+    sums = sum_rows(p_state, p_norm, eps, p_weights, n < N, rows, K, ROWS, BLOCK_N, BLOCK_K)
     gate, up = tl.split(tl.permute(tl.reshape(sums, (2, HALF, ROWS)), (1, 2, 0)))
     n = first + tl.arange(0, HALF)
     if p_bias_0 is not None:

@@ -87,7 +87,7 @@ def sum_rows(
     p_state,
     p_norm,
     eps,
-    p_weight,
+    p_weights,
     mask,
     rows,
     K,
@@ -95,9 +95,8 @@ def sum_rows(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Sums (BLOCK_N, ROWS) over the inputs of BLOCK_N outputs, whose weights begin at `p_weight`, for all rows."""
+    """Sums (BLOCK_N, ROWS) over the inputs, of outputs whose first weights are at (BLOCK_N, BLOCK_K), for all rows."""
     k, row = tl.arange(0, BLOCK_K), tl.arange(0, ROWS)
-    p_weights = p_weight[:, None] + k[None, :]
     p_states = p_state + row[None, :] * K + k[:, None]
     m_row = row < rows
     sums, squares = tl.zeros((BLOCK_N, ROWS), tl.float32), tl.zeros((BLOCK_K, ROWS), tl.float32)
@@ -155,7 +154,8 @@ def _project_rows_kernel(
         N, first = tl.where(is_2, N_2, N), tl.where(is_2, tiles_0 + tiles_1, first)
     n = tl.cast(tile - first, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = n < N
-    sums = sum_rows(p_state, p_norm, eps, p_weight + n * K, m_n, rows, K, ROWS, BLOCK_N, BLOCK_K)
+    p_weights = p_weight + n[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
+    sums = sum_rows(p_state, p_norm, eps, p_weights, m_n, rows, K, ROWS, BLOCK_N, BLOCK_K)
     if p_bias_0 is not None:
         sums += tl.load(p_bias_0 + n, mask=m_n & is_0, other=0).to(tl.float32)[:, None]
     if p_bias_1 is not None:
