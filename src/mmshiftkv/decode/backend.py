@@ -9,8 +9,9 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensor
 
-from shiftkv_kernels import MOST_ROWS, project_token
+from shiftkv_kernels import MOST_ROWS, project_gate, project_token
 
+from .fusing import gate_behind, norm_before, residual_behind
 from .tracing import writes
 
 
@@ -38,22 +39,25 @@ def decoding_backend(graph_module: fx.GraphModule, example_inputs: list[Any]) ->
 
 
 def merge_projections(graph: fx.Graph) -> None:
-    """Has the linear layers of one token of each row that share their input made by one `project_token`.
+    """Has the linear layers of one token of each row that share their input made by one launch.
 
-    Left alone are more than 16 rows, and what `project_token` does not take.
+    A norm of that input, the product with a gate and the sum with a residual are made in it too, where nothing else
+    uses what they are made of.  Left alone are more than 16 rows, and what `project_token` does not take.
 
     Args:
         graph: as Dynamo hands it to a backend: parameters are placeholders, and nodes know their values' shapes.
     """
     groups: dict[tuple[Any, int], list[fx.Node]] = {}
-    written = 0
+    written: dict[fx.Node, int] = {}
+    count = 0
     for node in graph.nodes:
-        if writes(node):
-            written += 1
-        elif _is_projection(node):
-            groups.setdefault((node.args[0], written), []).append(node)
-    for nodes in groups.values():
-        _merge(graph, nodes)
+        is_write = writes(node)
+        count += is_write
+        written[node] = count
+        if not is_write and _is_projection(node):
+            groups.setdefault((node.args[0], count), []).append(node)
+    for layers in groups.values():
+        _merge(graph, layers, written)
 
 
 def _is_projection(node: fx.Node) -> bool:
@@ -77,27 +81,62 @@ def _is_projection(node: fx.Node) -> bool:
     )
 
 
-def _merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
-    states, weights, biases = zip(*((*node.args, None)[:3] for node in nodes), strict=True)
-    with graph.inserting_before(nodes[0]):
-        outputs = graph.call_function(
-            torch.ops.mmshiftkv.project_token.default, (states[0], list(weights), list(biases))
+def _merge(graph: fx.Graph, layers: list[fx.Node], written: dict[fx.Node, int]) -> None:
+    norm, gate, residual = norm_before(layers, written), gate_behind(layers), residual_behind(layers, written)
+    with graph.inserting_before(layers[0] if residual is None else residual.total):
+        states, weights, biases = zip(
+            *((*node.args, None)[:3] for node in (layers if gate is None else gate.layers)), strict=True
         )
-        parts = [graph.call_function(operator.getitem, (outputs, index)) for index in range(len(nodes))]
-    for node, part in zip(nodes, parts, strict=True):
+        given = (states[0] if norm is None else norm.state, list(weights), list(biases))
+        normed = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        if gate is None:
+            added = None if residual is None else residual.state
+            outputs = graph.call_function(torch.ops.mmshiftkv.project_token.default, (*given, *normed, added))
+            parts = [graph.call_function(operator.getitem, (outputs, index)) for index in range(len(layers))]
+        else:
+            parts = [graph.call_function(torch.ops.mmshiftkv.project_gate.default, (*given, *normed))]
+    replaced = [gate.product] if gate else [residual.total] if residual else layers
+    for node, part in zip(replaced, parts, strict=True):
         node.replace_all_uses_with(part, propagate_meta=True)
+    inner = [gate.activated] if gate else []
+    for node in dict.fromkeys((*replaced, *inner, *layers, *(norm.nodes if norm else ()))):
         graph.erase_node(node)
+
+
+def _norm(weight: torch.Tensor | None, eps: float) -> tuple[torch.Tensor, float] | None:
+    return None if weight is None else (weight, eps)
 
 
 @torch.library.custom_op("mmshiftkv::project_token", mutates_args=())
 def _project_token(
-    state: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None]
+    state: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    norm_weight: torch.Tensor | None,
+    norm_eps: float,
+    residual: torch.Tensor | None,
 ) -> list[torch.Tensor]:
-    return project_token(state, weights, biases)
+    return project_token(state, weights, biases, _norm(norm_weight, norm_eps), residual)
 
 
 @_project_token.register_fake
 def _project_fake_token(
-    state: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None]
+    state: torch.Tensor, weights: list[torch.Tensor], *_: Any
 ) -> list[torch.Tensor]:
     return [state.new_empty((*state.shape[:-1], weight.shape[0])) for weight in weights]
+
+
+@torch.library.custom_op("mmshiftkv::project_gate", mutates_args=())
+def _project_gate(
+    state: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    norm_weight: torch.Tensor | None,
+    norm_eps: float,
+) -> torch.Tensor:
+    return project_gate(state, weights, biases, _norm(norm_weight, norm_eps))
+
+
+@_project_gate.register_fake
+def _project_fake_gate(state: torch.Tensor, weights: list[torch.Tensor], *_: Any) -> torch.Tensor:
+    return state.new_empty((*state.shape[:-1], weights[0].shape[0]))
