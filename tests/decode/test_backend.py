@@ -2,11 +2,12 @@
 
 import operator
 import shutil
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import CompileConfig
@@ -16,6 +17,7 @@ from mmshiftkv import ShiftKVCache, decode_ahead, decoding_backend
 from mmshiftkv.decode.backend import merge_projections
 
 NEW_TOKENS = 25
+PROJECT, GATE = torch.ops.mmshiftkv.project_token.default, torch.ops.mmshiftkv.project_gate.default
 
 
 @pytest.fixture(autouse=True)
@@ -26,23 +28,29 @@ def fresh_compiler():
 
 
 class Merging:
-    """A backend that merges and then runs what Dynamo traced as it is; it counts the layers and launches."""
+    """A backend that merges and then runs what Dynamo traced as it is; it counts the layers and launches.
+
+    Of norms, gates, and sums it counts those that are gone.
+    """
 
     def __init__(self):
         self.layers, self.launches, self.left = 0, 0, 0
+        self.norms, self.gates, self.residuals = 0, 0, 0
 
     def __call__(self, graph_module, example_inputs):
-        self.layers += self.count(graph_module, linear)
+        before = Counter(node.target for node in graph_module.graph.nodes)
         merge_projections(graph_module.graph)
         graph_module.graph.lint()
         graph_module.recompile()
-        self.launches += self.count(graph_module, torch.ops.mmshiftkv.project_token.default)
-        self.left += self.count(graph_module, linear)
+        after = Counter(node.target for node in graph_module.graph.nodes)
+        self.layers += before[linear]
+        self.launches += after[PROJECT] + after[GATE]
+        self.left += after[linear]
+        norms, sums = (before[target] - after[target] for target in (torch.rsqrt, operator.add))
+        self.norms += norms
+        self.gates += before[silu] - after[silu]
+        self.residuals += sums - norms  # a norm adds its epsilon
         return graph_module
-
-    @staticmethod
-    def count(graph_module, target):
-        return sum(node.target is target for node in graph_module.graph.nodes)
 
     def config(self):
         # A config is copied with its backend, and of all that can be called only functions stay the same.
@@ -250,11 +258,12 @@ def test_weights_of_embeddings_may_be_shared():
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_the_operation_is_what_the_compiler_takes_it_for(rows):
-    weights = [torch.randn(5, 8), torch.randn(3, 8)]
-    torch.library.opcheck(
-        torch.ops.mmshiftkv.project_token.default, (torch.randn(rows, 1, 8), weights, [None, weights[1][:, 0].clone()])
-    )
+def test_the_operations_are_what_the_compiler_takes_them_for(rows):
+    state, weights, biases = torch.randn(rows, 1, 8), [torch.randn(5, 8), torch.randn(3, 8)], [None, torch.randn(3)]
+    for norm in ((None, 0.0), (torch.randn(8), 1e-5)):
+        torch.library.opcheck(PROJECT, (state, weights, biases, *norm, None))
+        torch.library.opcheck(PROJECT, (state, weights[:1], [None], *norm, torch.randn(rows, 1, 5)))
+        torch.library.opcheck(GATE, (state, [weights[1], 2 * weights[1]], biases, *norm))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler for a CPU")

@@ -12,8 +12,10 @@ import models
 from mmshiftkv.decode.block_programs import use_token_kernels
 
 PROJECT, ATTEND = torch.ops.mmshiftkv.project_token.default, torch.ops.mmshiftkv.attend_token.default
+GATE = torch.ops.mmshiftkv.project_gate.default
 # Queries, keys and values, the output, gate and up, down: four launches in place of seven layers.
-REPLACED, LEFT = {PROJECT: 4, ATTEND: 1}, {linear: 7, scaled_dot_product_attention: 1}
+REPLACED, LEFT = {PROJECT: 3, GATE: 1, ATTEND: 1}, {linear: 7, scaled_dot_product_attention: 1}
+OTHER_GATE = {PROJECT: 4, ATTEND: 1}
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,7 @@ class Recording:
     def __call__(self, graph_module, example_inputs):
         use_token_kernels(graph_module)
         found = Counter(node.target for node in graph_module.graph.nodes)
-        self.graphs.append({target: found[target] for target in (*REPLACED, *LEFT) if found[target]})
+        self.graphs.append({target: found[target] for target in (PROJECT, GATE, ATTEND, *LEFT) if found[target]})
         return graph_module
 
 
@@ -52,11 +54,11 @@ class Rows:
         return self.backend.graphs[known:]
 
 
-@pytest.mark.parametrize(("name", "kinds"), [("llama", 1), ("gemma3_text", 2)])
-def test_up_to_sixteen_rows_use_the_kernels_and_two_graphs_of_each_kind_of_block(name, kinds):
+@pytest.mark.parametrize(("name", "kinds", "graph"), [("llama", 1, REPLACED), ("gemma3_text", 2, OTHER_GATE)])
+def test_up_to_sixteen_rows_use_the_kernels_and_two_graphs_of_each_kind_of_block(name, kinds, graph):
     rows = Rows(name)
-    assert rows.answer(1) == kinds * [REPLACED]
-    assert rows.answer(8) == kinds * [REPLACED]  # for several rows
+    assert rows.answer(1) == kinds * [graph]
+    assert rows.answer(8) == kinds * [graph]  # for several rows
     for several in (4, 2, 16, 1):
         assert rows.answer(several) == []
     assert rows.answer(20) == kinds * [LEFT]
@@ -77,5 +79,5 @@ def test_rows_and_slots_of_all_sorts_are_not_too_many():
     for room in (NEW_TOKENS, 20, 1100):
         for several in (8, 1, 4, 20):
             graphs += rows.answer(several, room=room)
-    of_many_slots = {PROJECT: 4, scaled_dot_product_attention: 1}
+    of_many_slots = {PROJECT: 3, GATE: 1, scaled_dot_product_attention: 1}
     assert [graphs.count(graph) for graph in (REPLACED, of_many_slots, LEFT)] == [5, 2, 2]

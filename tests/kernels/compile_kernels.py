@@ -218,7 +218,7 @@ def projection_cases(capability: int) -> dict[str, Any]:
     compiled = {}
     for name, (of_one_row, of_rows), without in missing:
         one_row = dict(project_token.ONE_ROW)
-        compiled[f"{of_one_row.__name__} bf16 {name}"] = compile_kernel(
+        compiled[f"{of_one_row.__name__} {name}"] = compile_kernel(
             of_one_row, without | {"BLOCK_K": one_row.pop("BLOCK_K")}, "bf16", capability, **one_row
         )
         for dtype in ("bf16", "fp32"):

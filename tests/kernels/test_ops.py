@@ -1,5 +1,6 @@
 """What the public operations refuse, and where they run."""
 
+import math
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from shiftkv_kernels import (
     gather,
     group_mass,
     keep_best,
+    project_gate,
     project_token,
     rotate_queries,
     token_statistics,
@@ -130,6 +132,29 @@ REFUSED = {
     "weights[0] is on meta, must be on cpu like state": lambda: project_token(STATE, [WEIGHT.to("meta")], [BIAS]),
     "biases[0] has shape (6,), must be (N,) = (5)": lambda: project_token(STATE, [WEIGHT], [STATE[0, 0]]),
     "biases[1] is torch.float64": lambda: project_token(STATE, [WEIGHT, WEIGHT], [BIAS, BIAS.double()]),
+    "norm[0] has shape (5,), must be (K,) = (6)": lambda: project_token(STATE, [WEIGHT], [BIAS], (BIAS, 1e-5)),
+    "norm[0] is torch.float64, must be torch.float32": lambda: project_token(
+        STATE, [WEIGHT], [BIAS], (WEIGHT[0].double(), 1e-5)
+    ),
+    "norm[1]=-0.1 must be at least 0, and finite": lambda: project_token(STATE, [WEIGHT], [BIAS], (WEIGHT[0], -0.1)),
+    "norm[1]=nan must be": lambda: project_gate(STATE, 2 * [WEIGHT], 2 * [BIAS], (WEIGHT[0], math.nan)),
+    "residual is added to the output of one layer, weights has 2 entries": lambda: project_token(
+        STATE, [WEIGHT, WEIGHT], [BIAS, BIAS], residual=STATE[..., :5]
+    ),
+    "residual has shape (1, 1, 6), must be (..., N) = (1, 1, 5)": lambda: project_token(
+        STATE, [WEIGHT], [BIAS], residual=STATE
+    ),
+    "residual is torch.float16, must be torch.float32": lambda: project_token(
+        STATE, [WEIGHT], [BIAS], residual=STATE[..., :5].half()
+    ),
+    "residual has strides (5, 0, 1), must be contiguous": lambda: project_token(
+        STATE.repeat(1, 2, 1), [WEIGHT], [BIAS], residual=BIAS[None, None].expand(1, 2, 5)
+    ),
+    "weights has 1 entries, must have two": lambda: project_gate(STATE, [WEIGHT], [BIAS]),
+    "weights[1] has shape (4, 6), must be (N, K) = (5, 6)": lambda: project_gate(
+        STATE, [WEIGHT, WEIGHT[:4]], [None, None]
+    ),
+    "state has shape (17, 1, 6), must be": lambda: project_gate(STATE.repeat(17, 1, 1), 2 * [WEIGHT], 2 * [BIAS]),
     "query has shape (1, 4, 2, 8), must be (B, H, 1, D)": lambda: attend_token(
         QUERY.repeat(1, 1, 2, 1), *SLOTS, None, 1
     ),
@@ -204,6 +229,11 @@ def test_triton_is_not_for_all_tensors(device):
     with pytest.raises(ValueError, match=r"it multiplies torch\.float32, .*, not torch\.float64"):
         project_token(double[0, 0, :1], [double[0, 0]], [None], backend="triton")
     assert project_token(double[0, 0, :1], [double[0, 0]], [None])[0].shape == (1, 2)
+    half, norm = wide[0, 0].half(), (wide[0, 0, 0].half(), 1e-5)
+    for state in (half[:1], half):
+        with pytest.raises(ValueError, match=r"not yet normed may be too large for torch\.float16"):
+            project_token(state, [half], [None], norm, backend="triton")
+        assert project_gate(state, [half, half], [None, None], norm).shape == (len(state), 2)
     for part in (wide, double):
         assert mass_of(part, part[:, :, :1], part)[0].shape == (1, 1, 2, 2)
 
