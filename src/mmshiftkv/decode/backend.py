@@ -120,9 +120,7 @@ def _project_token(
 
 
 @_project_token.register_fake
-def _project_fake_token(
-    state: torch.Tensor, weights: list[torch.Tensor], *_: Any
-) -> list[torch.Tensor]:
+def _project_fake_token(state: torch.Tensor, weights: list[torch.Tensor], *_: Any) -> list[torch.Tensor]:
     return [state.new_empty((*state.shape[:-1], weight.shape[0])) for weight in weights]
 
 
