@@ -20,8 +20,9 @@ def decoding_backend(graph_module: fx.GraphModule, example_inputs: list[Any]) ->
 
     With few rows in the batch a decoding step is hardly more than reading all weights.  Up to 16 rows, linear layers
     that share their input, as those of queries, keys and values do, become one launch of a kernel that reads their
-    weights once, faster than several small matrix products do.  Sums are float32, rounded once.  Steps of more rows,
-    and layers whose weights are quantized or spread over devices, stay as they are.
+    weights once, faster than several small matrix products do.  It makes what stands next to them too: norms as Llama's
+    in front, the product with a SiLU gate, and the sum with a residual.  Sums are float32, rounded once.  Steps of more
+    rows, and layers whose weights are quantized or spread over devices, stay as they are.
 
     `decode_ahead` takes it by itself; plain `generate` takes it as
     `compile_config=CompileConfig(backend=decoding_backend, mode=None)`.
