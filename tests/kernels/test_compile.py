@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # The shared memory that one program may have.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+TILES_UNDER_WAY = 80 * 1024  # of several rows' projections
 LEAST_SHARED_MEMORY = 99 * 1024  # of all supported GPUs: that of compute capability 8.6, 8.9 and 12.0
 
 
@@ -68,6 +69,11 @@ def test_projections_of_several_rows_fit_everywhere_and_are_made_by_matrix_units
     found = {name: kernel for name, kernel in reports[capability].items() if name.startswith(kernels)}
     assert len(found) == 12
     for name, kernel in found.items():
+        # Less would mean that weights are not read ahead.
         # Tiles for warpgroups, which only GPUs with more shared memory have, take some more.
-        assert 0 < kernel["shared"] <= (SHARED_MEMORY[capability] if kernel["wgmma"] else LEAST_SHARED_MEMORY)
+        assert (
+            TILES_UNDER_WAY
+            <= kernel["shared"]
+            <= (SHARED_MEMORY[capability] if kernel["wgmma"] else LEAST_SHARED_MEMORY)
+        )
         assert (kernel["mma"] or kernel["wgmma"]) == ("bf16" in name)

@@ -19,7 +19,7 @@ _MOST_LAYERS = 3  # queries, keys and values
 # five.
 ONE_ROW: dict[str, Any] = {"BLOCK_K": 512, "num_warps": 2}
 # For several rows: outputs, bytes of inputs, tiles under way, and warps.  The best of nine in such a step of eight rows
-# on an H200; 80 KiB of shared memory (Hopper: 100) are there on every supported GPU.
+# on an H200; 80 to 85 KiB of shared memory (Hopper: 100) are there on every supported GPU.
 OUTPUTS, _INPUT_BYTES, _STAGES, _ROWS_WARPS = 64, 256, 5, 4
 
 _Layer = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]  # weight (N, K), bias (N,), out (..., N)

@@ -84,23 +84,23 @@ def _is_projection(node: fx.Node) -> bool:
 
 def _merge(graph: fx.Graph, layers: list[fx.Node], written: dict[fx.Node, int]) -> None:
     norm, gate, residual = norm_before(layers, written), gate_behind(layers), residual_behind(layers, written)
+    ordered = layers if gate is None else gate.layers
+    states, weights, biases = zip(*((*node.args, None)[:3] for node in ordered), strict=True)
+    state, *normed = (states[0], None, 0.0) if norm is None else (norm.state, norm.weight, norm.eps)
+    given = (state, list(weights), list(biases), *normed)
     with graph.inserting_before(layers[0] if residual is None else residual.total):
-        states, weights, biases = zip(
-            *((*node.args, None)[:3] for node in (layers if gate is None else gate.layers)), strict=True
-        )
-        given = (states[0] if norm is None else norm.state, list(weights), list(biases))
-        normed = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         if gate is None:
             added = None if residual is None else residual.state
-            outputs = graph.call_function(torch.ops.mmshiftkv.project_token.default, (*given, *normed, added))
+            outputs = graph.call_function(torch.ops.mmshiftkv.project_token.default, (*given, added))
             parts = [graph.call_function(operator.getitem, (outputs, index)) for index in range(len(layers))]
         else:
-            parts = [graph.call_function(torch.ops.mmshiftkv.project_gate.default, (*given, *normed))]
+            parts = [graph.call_function(torch.ops.mmshiftkv.project_gate.default, given)]
     replaced = [gate.product] if gate else [residual.total] if residual else layers
     for node, part in zip(replaced, parts, strict=True):
         node.replace_all_uses_with(part, propagate_meta=True)
-    inner = [gate.activated] if gate else []
-    for node in dict.fromkeys((*replaced, *inner, *layers, *(norm.nodes if norm else ()))):
+    # Each before those that it uses.
+    behind, before = [gate.activated] if gate else [], norm.nodes if norm else ()
+    for node in dict.fromkeys((*replaced, *behind, *layers, *before)):
         graph.erase_node(node)
 
 
