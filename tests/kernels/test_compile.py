@@ -71,9 +71,6 @@ def test_projections_of_several_rows_fit_everywhere_and_are_made_by_matrix_units
     for name, kernel in found.items():
         # Less would mean that weights are not read ahead.
         # Tiles for warpgroups, which only GPUs with more shared memory have, take some more.
-        assert (
-            TILES_UNDER_WAY
-            <= kernel["shared"]
-            <= (SHARED_MEMORY[capability] if kernel["wgmma"] else LEAST_SHARED_MEMORY)
-        )
+        most = SHARED_MEMORY[capability] if kernel["wgmma"] else LEAST_SHARED_MEMORY
+        assert TILES_UNDER_WAY <= kernel["shared"] <= most
         assert (kernel["mma"] or kernel["wgmma"]) == ("bf16" in name)
