@@ -22,16 +22,19 @@ def project_token(
 ) -> list[torch.Tensor]:
     """Linear layers (N, K) that share a few rows of states (..., K); each has its own N, and a bias (N,) or None.
 
-    A root mean square norm, the weight (K,) and epsilon of which are given, may stand before them.  To the output of a
-    single layer a residual (..., N) may be added.
+    Of one row, a root mean square norm, the weight (K,) and epsilon of which are given, may stand before them, and to
+    the output of a single layer a residual (..., N) may be added.
     """
-    _check_layers(state, weights, biases, norm)
+    _check_layers(state, weights, biases)
+    if norm is not None:
+        _check_norm(state, *norm)
     if residual is not None:
+        _check_one_row("residual", state)
         if len(weights) != 1:
             raise ValueError(f"residual is added to the output of one layer, weights has {len(weights)} entries")
         check_shape("residual", residual, "(..., N)", (*state.shape[:-1], weights[0].shape[0]))
         check_alike("residual", residual, "state", state)
-    if takes_triton(backend, state.device, unless=_obstacle(state, norm)):
+    if takes_triton(backend, state.device, unless=no_product_of(state.dtype)):
         from .fused.project_token import project_token as fused
 
         return fused(state, weights, biases, norm, residual)
@@ -46,12 +49,15 @@ def project_gate(
     *,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """SiLU of one linear layer times another (..., N): two weights (N, K) and biases; otherwise as `project_token`."""
+    """SiLU of one linear layer of one row times another (..., N): two weights (N, K) and biases, and a norm or None."""
     if len(weights) != 2:
         raise ValueError(f"weights has {len(weights)} entries, must have two: of the gate and of what it multiplies")
-    _check_layers(state, weights, biases, norm)
+    _check_layers(state, weights, biases)
+    _check_one_row("weights of a gate", state)
     check_shape("weights[1]", weights[1], "(N, K)", weights[0].shape)
-    if takes_triton(backend, state.device, unless=_obstacle(state, norm)):
+    if norm is not None:
+        _check_norm(state, *norm)
+    if takes_triton(backend, state.device, unless=no_product_of(state.dtype)):
         from .fused.project_gate import project_gate as fused
 
         return fused(state, weights, biases, norm)
@@ -62,7 +68,6 @@ def _check_layers(
     state: torch.Tensor,
     weights: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None],
-    norm: tuple[torch.Tensor, float] | None,
 ) -> None:
     if state.dim() == 0 or state.numel() == 0 or state.numel() > MOST_ROWS * state.shape[-1]:
         raise ValueError(f"state has shape {tuple(state.shape)}, must be (..., K) with 1 to {MOST_ROWS} rows in all")
@@ -75,19 +80,19 @@ def _check_layers(
         if bias is not None:
             check_shape(f"biases[{index}]", bias, "(N,)", weight.shape[:1])
             check_alike(f"biases[{index}]", bias, "state", state)
-    if norm is not None:
-        weight, eps = norm
-        check_shape("norm[0]", weight, "(K,)", state.shape[-1:])
-        check_alike("norm[0]", weight, "state", state)
-        if not 0 <= eps < math.inf:
-            raise ValueError(f"norm[1]={eps!r} must be at least 0, and finite")
 
 
-def _obstacle(state: torch.Tensor, norm: tuple[torch.Tensor, float] | None) -> str | None:
-    """Why the kernels cannot take these, if they cannot."""
-    if norm is not None and state.dtype == torch.float16:
-        return "products of a state that is not yet normed may be too large for torch.float16"
-    return no_product_of(state.dtype)
+def _check_norm(state: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    _check_one_row("norm", state)
+    check_shape("norm[0]", weight, "(K,)", state.shape[-1:])
+    check_alike("norm[0]", weight, "state", state)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"norm[1]={eps!r} must be at least 0, and finite")
+
+
+def _check_one_row(name: str, state: torch.Tensor) -> None:
+    if state.numel() != state.shape[-1]:
+        raise ValueError(f"{name}: state has shape {tuple(state.shape)}, must have one row")
 
 
 def attend_token(

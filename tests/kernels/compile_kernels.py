@@ -3,6 +3,7 @@
 A process of its own: kernels that are to be interpreted cannot be compiled as well.
 """
 
+import itertools
 import json
 import sys
 from typing import Any
@@ -198,35 +199,35 @@ def other_cases(capability: int) -> dict[str, Any]:
 
 
 def projection_cases(capability: int) -> dict[str, Any]:
-    """Projections and gates of one row and of several: with biases, norms in front and a residual behind, and without.
-
-    Those with a residual have one layer, those with biases three.
-    """
+    """Projections of one row and of several, of one layer and of three with biases; what one row has besides."""
     biases = {"p_bias_0": None, "p_bias_1": None, "p_bias_2": None}
     one = {f"p_{part}_{index}": None for part in ("weight", "out") for index in (1, 2)} | biases
     norm, residual = {"p_norm": None}, {"p_residual": None}
-    layers = project_token._project_token_kernel, project_token._project_rows_kernel
-    gates = project_gate._project_gate_kernel, project_gate._project_gate_rows_kernel
-    missing: tuple[tuple[str, Any, dict[str, None]], ...] = (
-        ("of three", layers, norm | residual),
-        ("of three with a norm", layers, residual),
-        ("of one", layers, one | norm | residual),
-        ("of one with a residual", layers, one | norm),
-        ("with biases", gates, norm),
-        ("with a norm", gates, {name: biases[name] for name in ("p_bias_0", "p_bias_1")}),
+    layers, rows, gate = (
+        project_token._project_token_kernel,
+        project_token._project_rows_kernel,
+        project_gate._project_gate_kernel,
     )
+    missing: dict[str, tuple[Any, dict[str, None]]] = {
+        "three": (layers, norm | residual),
+        "three with a norm": (layers, residual),
+        "one": (layers, one | norm | residual),
+        "one with a residual": (layers, one | norm),
+        "gate with biases": (gate, norm),
+        "gate with a norm": (gate, {name: biases[name] for name in ("p_bias_0", "p_bias_1")}),
+    }
     compiled = {}
-    for name, (of_one_row, of_rows), without in missing:
-        one_row = dict(project_token.ONE_ROW)
-        compiled[f"{of_one_row.__name__} {name}"] = compile_kernel(
-            of_one_row, without | {"BLOCK_K": one_row.pop("BLOCK_K")}, "bf16", capability, **one_row
+    for name, (kernel, without) in missing.items():
+        options = dict(project_token.ONE_ROW)
+        tile = {"BLOCK_K": options.pop("BLOCK_K")}
+        compiled[f"{kernel.__name__} {name}"] = compile_kernel(kernel, without | tile, "bf16", capability, **options)
+    for (name, without), dtype in itertools.product({"three": {}, "one": one}.items(), (torch.bfloat16, torch.float32)):
+        options = project_token.several_rows(dtype)
+        tiles = {size: options.pop(size) for size in ("ROWS", "BLOCK_N", "BLOCK_K")}
+        short = "bf16" if dtype == torch.bfloat16 else "fp32"
+        compiled[f"{rows.__name__} {short} {name}"] = compile_kernel(
+            rows, without | tiles, short, capability, **options
         )
-        for dtype in ("bf16", "fp32"):
-            rows = project_token.several_rows(torch.float32 if dtype == "fp32" else torch.bfloat16)
-            tiles = {size: rows.pop(size) for size in ("ROWS", "BLOCK_N", "BLOCK_K")}
-            compiled[f"{of_rows.__name__} {dtype} {name}"] = compile_kernel(
-                of_rows, without | tiles, dtype, capability, **rows
-            )
     return compiled
 
 

@@ -40,7 +40,7 @@ def reports(tmp_path_factory):
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_all_kernels_compile_and_fit(reports, capability):
-    assert len(reports[capability]) == 72
+    assert len(reports[capability]) == 64
     shared = {name: kernel["shared"] for name, kernel in reports[capability].items()}
     assert {name: size for name, size in shared.items() if size > SHARED_MEMORY[capability]} == {}
 
@@ -65,9 +65,8 @@ def test_products_are_made_by_warpgroups_on_hopper(reports, capability):
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_projections_of_several_rows_fit_everywhere_and_are_made_by_matrix_units(reports, capability):
-    kernels = "_project_rows_kernel", "_project_gate_rows_kernel"
-    found = {name: kernel for name, kernel in reports[capability].items() if name.startswith(kernels)}
-    assert len(found) == 12
+    found = {name: kernel for name, kernel in reports[capability].items() if name.startswith("_project_rows_kernel")}
+    assert len(found) == 4
     for name, kernel in found.items():
         # Less would mean that weights are not read ahead.
         # Tiles for warpgroups, which only GPUs with more shared memory have, take some more.

@@ -1,4 +1,4 @@
-"""The inner part of a gated MLP, for one token of each row, in one launch.
+"""The inner part of a gated MLP, for one token of one row, in one launch.
 
 Each program has an output of the gate and the same output of the other layer at once, so that no product of theirs is
 left for another launch.
@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 
 from ..launching import launch
-from ..sizes import divided_up
-from .project_token import ONE_ROW, OUTPUTS, several_rows, sum_rows
+from .project_token import ONE_ROW
 
 
 @triton.jit
@@ -36,7 +35,7 @@ def _project_gate_kernel(
     K,
     BLOCK_K: tl.constexpr,
 ):
-    """One output of one row."""
+    """One output."""
     n = tl.cast(tl.program_id(0), tl.int64)
     k = tl.arange(0, BLOCK_K)
     p_weight_0 += n * K
@@ -65,42 +64,6 @@ def _project_gate_kernel(
     tl.store(p_out + n, _gated(gate, up, p_out.dtype.element_ty))
 
 
-@triton.jit
-def _project_gate_rows_kernel(
-    p_state,
-    p_norm,
-    eps,
-    p_weight_0,
-    p_bias_0,
-    p_weight_1,
-    p_bias_1,
-    p_out,
-    rows,
-    K,
-    N,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """A tile of outputs, for all rows: the first half of the weights that are read at once are the gate's."""
-    HALF: tl.constexpr = BLOCK_N // 2
-    first = tl.cast(tl.program_id(0), tl.int64) * HALF
-    place, row = tl.arange(0, BLOCK_N), tl.arange(0, ROWS)
-    n = first + place % HALF
-    offset = n[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
-    # Of whole tiles: of addresses of single rows the compiler does not know that what follows them is contiguous.
-    p_weights = tl.where((place < HALF)[:, None], p_weight_0 + offset, p_weight_1 + offset)
-    sums = sum_rows(p_state, p_norm, eps, p_weights, n < N, rows, K, ROWS, BLOCK_N, BLOCK_K)
-    gate, up = tl.split(tl.permute(tl.reshape(sums, (2, HALF, ROWS)), (1, 2, 0)))
-    n = first + tl.arange(0, HALF)
-    if p_bias_0 is not None:
-        gate += tl.load(p_bias_0 + n, mask=n < N, other=0).to(tl.float32)[:, None]
-    if p_bias_1 is not None:
-        up += tl.load(p_bias_1 + n, mask=n < N, other=0).to(tl.float32)[:, None]
-    mask = (n < N)[:, None] & (row < rows)[None, :]
-    tl.store(p_out + row[None, :] * N + n[:, None], _gated(gate, up, p_out.dtype.element_ty), mask=mask)
-
-
 def project_gate(
     state: torch.Tensor,
     weights: Sequence[torch.Tensor],
@@ -109,14 +72,9 @@ def project_gate(
 ) -> torch.Tensor:
     """As `reference.project_gate`, on a GPU."""
     outputs, inputs = weights[0].shape
-    rows = state.numel() // inputs
     out = state.new_empty((*state.shape[:-1], outputs))
     layers = [part for layer in zip(weights, biases, strict=True) for part in layer]
     given = (state, *(norm or (None, 0.0)), *layers, out)
     with torch.cuda.device_of(state):
-        if rows == 1:
-            launch(_project_gate_kernel, (outputs,), *given, inputs, **ONE_ROW)
-        else:
-            programs = divided_up(outputs, OUTPUTS // 2)
-            launch(_project_gate_rows_kernel, (programs,), *given, rows, inputs, outputs, **several_rows(state.dtype))
+        launch(_project_gate_kernel, (outputs,), *given, inputs, **ONE_ROW)
     return out

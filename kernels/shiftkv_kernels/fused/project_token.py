@@ -19,8 +19,8 @@ _MOST_LAYERS = 3  # queries, keys and values
 # five.
 ONE_ROW: dict[str, Any] = {"BLOCK_K": 512, "num_warps": 2}
 # For several rows: outputs, bytes of inputs, tiles under way, and warps.  The best of nine in such a step of eight rows
-# on an H200; 80 to 85 KiB of shared memory (Hopper: 100) are there on every supported GPU.
-OUTPUTS, _INPUT_BYTES, _STAGES, _ROWS_WARPS = 64, 256, 5, 4
+# on an H200; 80 KiB of shared memory (Hopper: 100) are there on every supported GPU.
+_OUTPUTS, _INPUT_BYTES, _STAGES, _ROWS_WARPS = 64, 256, 5, 4
 
 _Layer = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]  # weight (N, K), bias (N,), out (..., N)
 
@@ -86,44 +86,8 @@ def _project_token_kernel(
 
 
 @triton.jit
-def sum_rows(
-    p_state,
-    p_norm,
-    eps,
-    p_weights,
-    mask,
-    rows,
-    K,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Sums (BLOCK_N, ROWS) over the inputs, of outputs whose first weights are at (BLOCK_N, BLOCK_K), for all rows."""
-    k, row = tl.arange(0, BLOCK_K), tl.arange(0, ROWS)
-    p_states = p_state + row[None, :] * K + k[:, None]
-    m_row = row < rows
-    sums, squares = tl.zeros((BLOCK_N, ROWS), tl.float32), tl.zeros((BLOCK_K, ROWS), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        m_k = k < K - start
-        weight = tl.load(p_weights + start, mask=mask[:, None] & m_k[None, :], other=0, eviction_policy="evict_first")
-        state = tl.load(p_states + start, mask=m_row[None, :] & m_k[:, None], other=0)
-        if p_norm is not None:
-            wide = state.to(tl.float32)
-            squares += wide * wide
-            norm = tl.load(p_norm + start + k, mask=m_k, other=0).to(tl.float32)
-            state = (wide * norm[:, None]).to(state.dtype)
-        sums = tl.dot(weight, state, sums, input_precision="ieee")
-    if p_norm is not None:
-        sums *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[None, :]
-    return sums
-
-
-@triton.jit
 def _project_rows_kernel(
     p_state,
-    p_norm,
-    eps,
-    p_residual,
     p_weight_0,
     p_bias_0,
     p_out_0,
@@ -156,21 +120,23 @@ def _project_rows_kernel(
         p_weight, p_out = tl.where(is_2, p_weight_2, p_weight), tl.where(is_2, p_out_2, p_out)
         N, first = tl.where(is_2, N_2, N), tl.where(is_2, tiles_0 + tiles_1, first)
     n = tl.cast(tile - first, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = n < N
-    p_weights = p_weight + n[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
-    sums = sum_rows(p_state, p_norm, eps, p_weights, m_n, rows, K, ROWS, BLOCK_N, BLOCK_K)
+    k, row = tl.arange(0, BLOCK_K), tl.arange(0, ROWS)
+    p_weights = p_weight + n[:, None] * K + k[None, :]
+    p_states = p_state + row[None, :] * K + k[:, None]
+    m_n, m_row = n < N, row < rows
+    sums = tl.zeros((BLOCK_N, ROWS), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        m_k = k < K - start
+        weight = tl.load(p_weights + start, mask=m_n[:, None] & m_k[None, :], other=0, eviction_policy="evict_first")
+        state = tl.load(p_states + start, mask=m_row[None, :] & m_k[:, None], other=0)
+        sums = tl.dot(weight, state, sums, input_precision="ieee")
     if p_bias_0 is not None:
         sums += tl.load(p_bias_0 + n, mask=m_n & is_0, other=0).to(tl.float32)[:, None]
     if p_bias_1 is not None:
         sums += tl.load(p_bias_1 + n, mask=m_n & is_1, other=0).to(tl.float32)[:, None]
     if p_bias_2 is not None:
         sums += tl.load(p_bias_2 + n, mask=m_n & is_2, other=0).to(tl.float32)[:, None]
-    row = tl.arange(0, ROWS)
-    places, mask = row[None, :] * N + n[:, None], m_n[:, None] & (row < rows)[None, :]
-    if p_residual is not None:
-        residual = tl.load(p_residual + places, mask=mask, other=0).to(tl.float32)
-        sums = sums.to(p_out.dtype.element_ty).to(tl.float32) + residual
-    tl.store(p_out + places, sums, mask=mask)
+    tl.store(p_out + row[None, :] * N + n[:, None], sums, mask=m_n[:, None] & m_row[None, :])
 
 
 def project_token(
@@ -198,20 +164,21 @@ def _launch(
     rows = state.numel() // inputs
     missing = _MOST_LAYERS - len(layers)
     sizes = [weight.shape[0] for weight, _, _ in layers] + [0] * missing
-    given = (state, *norm, residual, *(part for layer in layers for part in layer), *[None] * (3 * missing))
+    given = (*(part for layer in layers for part in layer), *[None] * (3 * missing))
     with torch.cuda.device_of(state):
         if rows == 1:
-            launch(_project_token_kernel, (sum(sizes),), *given, inputs, *sizes[:-1], **ONE_ROW)
+            before = (state, *norm, residual)
+            launch(_project_token_kernel, (sum(sizes),), *before, *given, inputs, *sizes[:-1], **ONE_ROW)
         else:
-            programs = sum(divided_up(size, OUTPUTS) for size in sizes)
-            launch(_project_rows_kernel, (programs,), *given, rows, inputs, *sizes, **several_rows(state.dtype))
+            programs = sum(divided_up(size, _OUTPUTS) for size in sizes)
+            launch(_project_rows_kernel, (programs,), state, *given, rows, inputs, *sizes, **several_rows(state.dtype))
 
 
 def several_rows(dtype: torch.dtype) -> dict[str, Any]:
     """Tiles and options of launches for several rows."""
     return {
         "ROWS": MOST_ROWS,
-        "BLOCK_N": OUTPUTS,
+        "BLOCK_N": _OUTPUTS,
         "BLOCK_K": _INPUT_BYTES // dtype.itemsize,
         "num_warps": _ROWS_WARPS,
         "num_stages": _STAGES,

@@ -19,8 +19,8 @@ def project_token(
         weights: (N, K) each, with an N of its own.
         biases: (N,) or None for each of them.
         norm: the weight (K,) of a root mean square norm of the states in front of the layers, and the epsilon that is
-            added to the mean of the squares.
-        residual: (..., N), added to the output of the only layer.
+            added to the mean of the squares; with one row only.
+        residual: (..., N), added to the output of the only layer; with one row only.
 
     Returns:
         A (..., N) for each of them, of the inputs' dtype.
@@ -40,7 +40,7 @@ def project_gate(
     """The inner part of a gated MLP: SiLU of a first linear layer, the gate, times a second one.
 
     Args:
-        state: (..., K), 1 to 16 rows in all.
+        state: (..., K), one row in all.
         weights: two, (N, K) each: of the gate and of what it is multiplied with.
         biases: (N,) or None for each of them.
         norm: as that of `project_token`.

@@ -20,9 +20,9 @@ def decoding_backend(graph_module: fx.GraphModule, example_inputs: list[Any]) ->
 
     With few rows in the batch a decoding step is hardly more than reading all weights.  Up to 16 rows, linear layers
     that share their input, as those of queries, keys and values do, become one launch of a kernel that reads their
-    weights once, faster than several small matrix products do.  It makes what stands next to them too: norms as Llama's
-    in front, the product with a SiLU gate, and the sum with a residual.  Sums are float32, rounded once.  Steps of more
-    rows, and layers whose weights are quantized or spread over devices, stay as they are.
+    weights once, faster than several small matrix products do.  With one row it makes what stands next to them too:
+    norms as Llama's in front, the product with a SiLU gate, and the sum with a residual.  Sums are float32, rounded
+    once.  Steps of more rows, and layers whose weights are quantized or spread over devices, stay as they are.
 
     `decode_ahead` takes it by itself; plain `generate` takes it as
     `compile_config=CompileConfig(backend=decoding_backend, mode=None)`.
@@ -42,8 +42,8 @@ def decoding_backend(graph_module: fx.GraphModule, example_inputs: list[Any]) ->
 def merge_projections(graph: fx.Graph) -> None:
     """Has the linear layers of one token of each row that share their input made by one launch.
 
-    A norm of that input, the product with a gate and the sum with a residual are made in it too, where nothing else
-    uses what they are made of.  Left alone are more than 16 rows, and what `project_token` does not take.
+    With one row a norm of that input, the product with a gate and the sum with a residual are made in it too, where
+    nothing else uses what they are made of.  Left alone are more than 16 rows, and what `project_token` does not take.
 
     Args:
         graph: as Dynamo hands it to a backend: parameters are placeholders, and nodes know their values' shapes.
@@ -72,7 +72,7 @@ def _is_projection(node: fx.Node) -> bool:
     # Quantized and distributed weights are subclasses of their own.
     if any(type(value) is not FakeTensor for value in values):
         return False
-    rows = math.prod(values[0].shape[:-1])
+    rows = _rows_of(node)
     # Sizes may be symbols: what is asked of them here holds for what is compiled.
     if values[1].dim() != 2 or not 1 <= rows <= MOST_ROWS:
         return False
@@ -82,8 +82,15 @@ def _is_projection(node: fx.Node) -> bool:
     )
 
 
+def _rows_of(layer: fx.Node) -> int:
+    return math.prod(layer.meta["example_value"].shape[:-1])
+
+
 def _merge(graph: fx.Graph, layers: list[fx.Node], written: dict[fx.Node, int]) -> None:
-    norm, gate, residual = norm_before(layers, written), gate_behind(layers), residual_behind(layers, written)
+    norm = gate = residual = None
+    # Matrix units, which multiply several rows, wait for all that is computed of a state first.
+    if _rows_of(layers[0]) == 1:
+        norm, gate, residual = norm_before(layers, written), gate_behind(layers), residual_behind(layers, written)
     ordered = layers if gate is None else gate.layers
     states, weights, biases = zip(*((*node.args, None)[:3] for node in ordered), strict=True)
     state, *normed = (states[0], None, 0.0) if norm is None else (norm.state, norm.weight, norm.eps)

@@ -20,8 +20,7 @@ _NORM = (
     ("pow", 0),
     ("to", 0),
 )
-# In float16 the product of a state and the norm's weight may be too large before it is normed.
-_NORMED_DTYPES = (torch.float32, torch.bfloat16)
+_NORMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Norm(NamedTuple):
