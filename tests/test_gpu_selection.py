@@ -118,13 +118,14 @@ def test_a_selection_beside_the_model_is_that_in_its_place(name, storage, monkey
     assert len(beside) > 20
 
 
-def test_where_the_device_waits_for_python_nothing_runs_beside(monkeypatch):
-    model, ids = build(), models.prompt_ids(1, 100).cuda()
-    expected = prefilled(model, ids, ShiftKVCache(model, budget=BUDGET))
-    for block in model.model.layers:
-        block.register_forward_hook(lambda *_: torch.cuda.synchronize())
-    monkeypatch.setattr(SideStream, "running", lambda *_: pytest.fail("it ran beside the model"))
-    assert_same(prefilled(model, ids, ShiftKVCache(model, budget=BUDGET)), expected)
+def test_nothing_runs_beside_a_device_that_waits_for_python():
+    device, side = torch.device("cuda", 0), SideStream()
+    torch.cuda.synchronize()
+    assert not side.has_time(device)
+    torch.cuda._sleep(100_000_000)
+    assert side.has_time(device)
+    torch.cuda.synchronize()
+    assert not side.has_time(device)
 
 
 def test_prompts_of_other_lengths_compile_nothing():
