@@ -2,6 +2,7 @@ import copy
 import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -41,6 +42,18 @@ def test_hooks_live_during_a_prefill_only(model):
     handle.remove()
     assert counts[0] > 1
     assert counts[1:] == [1, 1]
+
+
+def test_a_prompts_positions_go_with_its_pass(model, no_garbage_collection):
+    seen, cache = [], ShiftKVCache(model, budget=4)
+
+    def see(module, args, output):
+        seen.extend(map(weakref.ref, output))
+
+    with model.model.rotary_emb.register_forward_hook(see):
+        run(model, cache)
+    assert (len(seen), cache.get_seq_length()) == (2, 40)
+    assert [factor() for factor in seen] == [None, None]
 
 
 def test_a_dynamic_cache_on_the_same_model_is_untouched(model):
