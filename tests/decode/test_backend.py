@@ -65,19 +65,6 @@ def answer(model, rows=1, **options):
     return model.generate(models.prompt_ids(rows), past_key_values=cache, **options)
 
 
-@pytest.mark.parametrize("loop", [{}, {"custom_generate": decode_ahead}], ids=["generate", "decode_ahead"])
-@pytest.mark.parametrize(
-    ("model_type", "launches"),
-    # Queries, keys and values, the output, gate and up, down: four in each of three layers, and the logits.
-    [("llama", 13), ("qwen2", 13), ("olmo2", 13), ("qwen3", 13), ("mixtral", 10)],
-)
-def test_layers_that_share_an_input_are_made_together(model_type, launches, loop):
-    model, backend = models.text_model(model_type), Merging()
-    assert answer(model, compile_config=backend.config(), **loop).equal(answer(model))
-    assert backend.left == 0
-    assert backend.launches == launches < backend.layers
-
-
 @pytest.mark.parametrize(("rows", "launches", "left"), [(2, 13, 0), (16, 13, 0), (17, 0, 22)])
 def test_up_to_sixteen_rows(rows, launches, left):
     model, backend = models.text_model(), Merging()
