@@ -19,7 +19,7 @@ from soak_cases.runner import Soak, run_case
 SEED = 7_000_000
 # So many of each category take about a minute together.
 CASES = {"compiled": 3, "kernels": 4, "select_tokens": 8}
-MOST_CASES = 20
+MOST_CASES = 15
 
 
 @pytest.fixture(scope="module")
