@@ -88,7 +88,7 @@ def _rows_of(layer: fx.Node) -> int:
 
 def _merge(graph: fx.Graph, layers: list[fx.Node], written: dict[fx.Node, int]) -> None:
     norm = gate = residual = None
-    # Matrix units, which multiply several rows, wait for all that is computed of a state first.
+    # With several rows, which matrix units multiply, a step took longer so.
     if _rows_of(layers[0]) == 1:
         norm, gate, residual = norm_before(layers, written), gate_behind(layers), residual_behind(layers, written)
     ordered = layers if gate is None else gate.layers

@@ -35,8 +35,9 @@ class Rotary:
         self.module = None if has_none else module
         self._layer_type = layer_type
         self._arguments = (layer_type,) if takes_type else ()
-        # Equal for layers whose factors are the same at the same positions.
-        self.key = (self.module, layer_type)
+        # Equal for layers whose factors are the same at the same positions.  No module in it: positions are copied with
+        # what was made of them.
+        self.key = (id(self.module), layer_type)
 
     def factors(self, positions: torch.Tensor) -> Factors:
         """Factors (1, n, rotary dim) float32 or complex64 of positions (1, n), with the frequencies now in use.
