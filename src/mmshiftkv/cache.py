@@ -74,7 +74,7 @@ class PrefillSelectionCache(DynamicCache):
             raise ValueError(
                 f"budget={budget} must be at least {method.protected}: {method} always keeps so many tokens"
             )
-        text_decoder(model)
+        text_model = text_decoder(model)
         super().__init__(config=model.config)
         # Exactly this class: its subclasses drop or share tokens by rules of their own.
         self._selected = [index for index, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
@@ -84,7 +84,7 @@ class PrefillSelectionCache(DynamicCache):
                 f"model: {type(model).__name__} is not supported: it has no full-attention layer that holds nothing "
                 f"else (its cache layers: {kinds})"
             )
-        self._decoder = Decoder.of(model, self._selected)
+        self._decoder = Decoder.of(model, self._selected, text_model)
         for layer in self._decoder.attention.values():
             method.check(layer)
         self._method = method

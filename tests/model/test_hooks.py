@@ -44,6 +44,21 @@ def test_hooks_live_during_a_prefill_only(model):
     assert counts[1:] == [1, 1]
 
 
+def test_later_blocks_get_their_hooks_when_the_first_has_run(model):
+    """Until then a GPU has nothing to do and waits for Python."""
+    first, second, third = model.model.layers
+    counts, cache = [], ShiftKVCache(model, budget=4)
+
+    def count(*_):
+        counts.append([models.hooks_on(block) for block in (first, second, third)])
+
+    with first.mlp.register_forward_pre_hook(count), second.input_layernorm.register_forward_pre_hook(count):
+        run(model, cache)
+    # One of each of the first two blocks is this test's own.
+    assert counts == [[2, 1, 0], [1, 3, 2]]
+    assert models.hooks_on(model) == 0
+
+
 def test_a_prompts_positions_go_with_its_pass(model, no_garbage_collection):
     seen, cache = [], ShiftKVCache(model, budget=4)
 
@@ -153,7 +168,7 @@ def test_the_exception_is_the_models_own_even_under_other_hooks(model):
     def fail(*_):
         raise ArithmeticError("planted")
 
-    first = model.model.layers[0].register_forward_pre_hook(cover)
+    first = block.register_forward_pre_hook(cover)
     with pytest.raises(ArithmeticError, match="planted"):
         run(model, cache)
     for handle in [first, *handles]:

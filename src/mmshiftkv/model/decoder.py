@@ -45,10 +45,11 @@ class Decoder:
         self.replays = Replays()
         heads = SharedHeads.of(config, self.rank)
         self.attention: dict[int, AttentionLayer] = {}
-        self._names: dict[int, str] = {}
+        self._places: dict[int, list[str]] = {}
         try:
             for index in layer_indices:
-                self._names[index], module = _attention_module(self.blocks[index], index)
+                name, module = _attention_module(self.blocks[index], index)
+                self._places[index] = name.split(".")
                 self.attention[index] = AttentionLayer(
                     module,
                     index,
@@ -66,9 +67,14 @@ class Decoder:
         self._config = model.config
 
     @classmethod
-    def of(cls, model: PreTrainedModel, layer_indices: list[int]) -> "Decoder":
-        """The decoder of a model: the one that was found before, as long as the model has the same parts."""
-        text_model = text_decoder(model)
+    def of(cls, model: PreTrainedModel, layer_indices: list[int], text_model: nn.Module | None = None) -> "Decoder":
+        """The decoder of a model: the one that was found before, as long as the model has the same parts.
+
+        Args:
+            model, layer_indices: as of the class.
+            text_model: what `text_decoder` gives, if it is known.
+        """
+        text_model = text_decoder(model) if text_model is None else text_model
         known = _known.get(text_model)
         if known is None or not known._is_still(text_model, model.config, layer_indices):
             known = _known[text_model] = cls(model, layer_indices)
@@ -81,8 +87,8 @@ class Decoder:
             and self._children == tuple(text_model.children())
             and self.blocks == tuple(_blocks(text_model))
             and all(
-                self.blocks[index].get_submodule(name) is self.attention[index].module
-                for index, name in self._names.items()
+                _module_at(self.blocks[index], place) is self.attention[index].module
+                for index, place in self._places.items()
             )
         )
 
@@ -148,6 +154,13 @@ def _blocks(decoder: nn.Module) -> Any:
         if isinstance(blocks, nn.ModuleList) and len(blocks):
             return blocks
     return None
+
+
+def _module_at(module: nn.Module | None, place: list[str]) -> nn.Module | None:
+    """The module in another, a name at a time; every cache that is built looks for those of all layers."""
+    for name in place:
+        module = None if module is None else module._modules.get(name)
+    return module
 
 
 def _attention_module(block: nn.Module, index: int) -> tuple[str, nn.Module]:

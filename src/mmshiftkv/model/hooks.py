@@ -58,9 +58,10 @@ class LayerInput:
 class PrefillHooks:
     """Shows one cache what the attention layers see during one forward pass.
 
-    Hooks are put on when the forward pass begins; each takes itself off when its layer has run, and all go when a
-    layer raises, when the next prefill begins in the same thread, or when the cache is gone.  So nothing is left on
-    the model while it decodes.  A deep copy is for the same model, with nothing attached yet.
+    Those of the blocks up to the first attention layer are put on when the forward pass begins, the others when that
+    block has run: by then a GPU has work while Python does that.  Each takes itself off when its layer has run, and all
+    go when a layer raises, when the next prefill begins in the same thread, or when the cache is gone.  So nothing is
+    left on the model while it decodes.  A deep copy is for the same model, with nothing attached yet.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -70,6 +71,9 @@ class PrefillHooks:
         self._positions: Positions | None = None
         self._left_behind: list[RemovableHandle] = []
         self._thread = 0
+        # Nothing has run yet; then, blocks whose hooks are still to be put on.
+        self._is_untouched = False
+        self._later: range | None = None
         for handles in (self._handles, self._left_behind):
             weakref.finalize(self, _remove_all, handles).atexit = False
 
@@ -80,14 +84,21 @@ class PrefillHooks:
         """Puts the hooks on; `cache.reset()` is called if the forward pass with that cache raises."""
         with _hook_lock:
             # `generate` may ask for mask sizes before the model itself does.
-            if self._is_untouched():
+            if self._is_untouched and self._thread == threading.get_ident():
                 return
             self._sweep()
             self._thread = threading.get_ident()
-            weak_cache = weakref.ref(cache)
-            for index, block in enumerate(self._decoder.blocks):
-                _Hook(self, weak_cache, self._decoder.attention.get(index)).put_on(self._handles, block)
+            first = min(self._decoder.attention)
+            self._put_on(range(first + 1), weakref.ref(cache))
+            self._is_untouched, self._later = True, range(first + 1, len(self._decoder.blocks))
             _attached.add(self)
+
+    def attach_later(self, cache: "weakref.ref[Any]") -> None:
+        """Puts on the hooks of the blocks behind the first attention layer; they stay if they are on."""
+        with _hook_lock:
+            if self._later is not None:
+                self._put_on(self._later, cache)
+                self._later = None
 
     def detach(self) -> None:
         """Takes all hooks off and forgets what was seen."""
@@ -95,7 +106,8 @@ class PrefillHooks:
             _remove_all(self._handles)
             _attached.discard(self)
             self._seen.clear()
-            self._positions = None
+            self._positions = self._later = None
+            self._is_untouched = False
 
     def take(self, index: int) -> LayerInput | None:
         """What layer `index` saw in the forward pass under way, once."""
@@ -114,6 +126,7 @@ class PrefillHooks:
     def finished(self, handle: RemovableHandle) -> None:
         """Takes one hook off."""
         with _hook_lock:
+            self._is_untouched = False
             handle.remove()
             if handle in self._handles:
                 self._handles.remove(handle)
@@ -132,9 +145,10 @@ class PrefillHooks:
                 self._left_behind.append(handle)
             self.detach()
 
-    def _is_untouched(self) -> bool:
-        all_handles = len(self._decoder.blocks) + len(self._decoder.attention)
-        return len(self._handles) == all_handles and self._thread == threading.get_ident()
+    def _put_on(self, blocks: range, cache: "weakref.ref[Any]") -> None:
+        for index in blocks:
+            hook = _Hook(self, cache, self._decoder.attention.get(index))
+            hook.put_on(self._handles, self._decoder.blocks[index])
 
     def _sweep(self) -> None:
         """Takes off what an interrupted forward pass of this thread left on the same model."""
@@ -201,6 +215,8 @@ class _Hook:
             return
         assert self._after is not None
         if output is not None:
+            if self._layer is not None:
+                hooks.attach_later(self._cache)
             hooks.finished(self._after)
             return
         hooks.abandon(self._after)
