@@ -32,7 +32,9 @@ def block_backend(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Ca
     started = time.monotonic()
     _logger.info("compiling a decoder block; blocks of the same kind share it")
     use_token_kernels(graph_module)
-    compiled = torch._inductor.compile(graph_module, example_inputs, options={"triton.cudagraphs": False})
+    # Rotating a query, rotating a key and writing it, and writing a value do not need each other: one launch.
+    options = {"triton.cudagraphs": False, "combo_kernels": True}
+    compiled = torch._inductor.compile(graph_module, example_inputs, options=options)
     _logger.info("compiled a decoder block in %.1f s", time.monotonic() - started)
     return compiled
 
