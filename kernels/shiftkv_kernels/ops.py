@@ -30,11 +30,16 @@ def _fused(name: str, module: str | None = None) -> Callable[..., Any]:
 
 
 @checked_once(required.of_token_statistics)
-def token_statistics(hidden_states: torch.Tensor, *, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean of each token's features and their summed squared deviation: two (B, t) of (B, t, d)."""
+def token_statistics(
+    hidden_states: torch.Tensor, *, last: torch.Tensor | None = None, backend: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean of each token's features and their summed squared deviation: two (B, t) of (B, t, d).
+
+    The last token's states are copied to `last`, (B, 1, d), if that is given.
+    """
     if takes_triton(backend, hidden_states.device):
-        return _fused("token_statistics")(hidden_states)
-    return reference.token_statistics(hidden_states)
+        return _fused("token_statistics")(hidden_states, last)
+    return reference.token_statistics(hidden_states, last)
 
 
 @checked_once(required.of_draw_samples)

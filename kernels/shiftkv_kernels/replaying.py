@@ -101,6 +101,8 @@ class Replays:
             numbers: what it passes to kernels under these names of their parameters, and may be another in each run;
                 the kernels are compiled for any such number.
         """
+        if getattr(_state, "watch", None) is not None:  # a part of what is being watched
+            return function()
         whole_key = (
             key,
             *[

@@ -5,6 +5,7 @@ import math
 import torch
 
 from .checks import (
+    check_alike,
     check_contiguous,
     check_device,
     check_dtype,
@@ -19,9 +20,12 @@ from .checks import (
 _LARGEST_SEED = 2**32 - 1
 
 
-def of_token_statistics(hidden_states: torch.Tensor) -> None:
+def of_token_statistics(hidden_states: torch.Tensor, *, last: torch.Tensor | None = None) -> None:
     """Checks the arguments of `token_statistics`."""
     check_shape("hidden_states", hidden_states, "(B, t, d)", (None, None, None))
+    if last is not None:
+        check_shape("last", last, "(B, 1, d)", (hidden_states.shape[0], 1, hidden_states.shape[2]))
+        check_alike("last", last, "hidden_states", hidden_states)
 
 
 def of_draw_samples(

@@ -26,6 +26,7 @@ VALID = torch.ones(2, 9, dtype=torch.bool)
 COS = torch.randn(2, 1, 16)
 STEPS = torch.randn(4, 16)
 STATISTICS = torch.rand(2, 9)
+STATES = torch.ones(2, 9, 4)
 SAMPLING = {"count": 4, "features": 6, "gamma": 1.0, "seed": 0, "stream": 0, "dtype": torch.float32}
 INDICES = torch.zeros(2, 2, 3, dtype=torch.int64)
 STATE, WEIGHT, BIAS = torch.randn(1, 1, 6), torch.randn(5, 6), torch.randn(5)
@@ -97,6 +98,12 @@ REFUSED = {
         ROOM, ROOM[:1, :1, :1, :1].expand_as(ROOM)
     ),
     "hidden_states has shape (2, 9), must be (B, t, d)": lambda: token_statistics(STATISTICS),
+    "last has shape (2, 4), must be (B, 1, d) = (2, 1, 4)": lambda: token_statistics(STATES, last=STATES[:, 0]),
+    "last is torch.float64, must be torch.float32": lambda: token_statistics(STATES, last=STATES[:, :1].double()),
+    "last is on meta, must be on cpu like hidden_states": lambda: token_statistics(
+        STATES, last=STATES[:, :1].to("meta")
+    ),
+    "last has strides (36, 4, 1), must be contiguous": lambda: token_statistics(STATES, last=STATES[:, :1]),
     "squares has shape (2, 8), must be (B, T) = (2, 9)": lambda: draw_samples(
         STATISTICS, STATISTICS[:, 1:], **SAMPLING
     ),

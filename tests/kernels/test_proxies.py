@@ -28,6 +28,17 @@ def test_token_statistics_of_a_part_of_a_tensor(device):
             torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_the_last_tokens_states_are_copied_beside_the_statistics(backend, dtype, device):
+    states = torch.randn(2, 9, 1030, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    for part in (states, states[:, 2:7], states[:, :1], states[..., ::2]):
+        last = torch.full((2, 1, part.shape[2]), float("nan"), device=device, dtype=dtype)
+        found = token_statistics(part, last=last, backend=backend)
+        assert last.equal(part[:, -1:])
+        assert all(map(torch.equal, found, token_statistics(part, backend=backend)))
+
+
 @pytest.mark.parametrize("size", [(32, 100), (3, 7), (512, 24)])
 @pytest.mark.parametrize("window", [None, 10, 40, 1000])
 @pytest.mark.parametrize("padding", [0, 35])

@@ -84,6 +84,20 @@ def test_parts_of_an_input_are_read_where_they_are():
         torch.testing.assert_close(found, both.sum(dim=0))
 
 
+def test_a_run_within_a_run_is_a_part_of_it():
+    inner, outer = Counted(), Counted()
+    inner(*rows())
+    for _ in range(3):
+        a, b = rows()
+
+        def twice(result, a=a, b=b):
+            launch(result, inner(a, b), result, 1.0)
+            return result
+
+        torch.testing.assert_close(outer(a, b, more=twice), 4 * a + 6 * b)
+    assert (inner.calls, outer.calls) == (2, 1)
+
+
 @pytest.mark.parametrize("change", ["shape", "stride", "alignment", "key"])
 def test_what_looks_otherwise_is_run_anew(change):
     counted = Counted()

@@ -9,17 +9,22 @@ _WORD = 0xFFFFFFFF
 _TOKENS_AT_ONCE = 2048  # bounds the float32 copy of the hidden states
 
 
-def token_statistics(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def token_statistics(
+    hidden_states: torch.Tensor, last: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean over the features of each token, and their summed squared deviation from it (method, step 1).
 
     These are what the statistics of any set of tokens can be made of, so a prompt may come in pieces.
 
     Args:
         hidden_states: (B, t, d).
+        last: (B, 1, d), contiguous and of their dtype: gets the last token's; None: these are not copied.
 
     Returns:
         Two (B, t) float32 tensors.
     """
+    if last is not None:
+        last.copy_(hidden_states[:, -1:])
     means, squares = [], []
     for block in hidden_states.split(_TOKENS_AT_ONCE, dim=1):
         variance, mean = torch.var_mean(block.float(), dim=-1, correction=0)

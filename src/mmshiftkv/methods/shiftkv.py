@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from shiftkv_kernels import attend, draw_samples, group_mass, refit_values, token_statistics, value_scores, vote
 from shiftkv_kernels.reference.values import SINK_MASS
+from shiftkv_kernels.replaying import Replays, Tensors
 
 from ..model.hooks import LayerInput
 from ..model.queries import AttentionLayer, QueriesAhead
@@ -18,6 +19,8 @@ from .config import ShiftKVConfig
 LAST_TOKEN_PROXIES = 16
 # Of the conjugate gradients; on the embedded model two steps, not even scaled, read as much as the solution.
 REFIT_STEPS = 2
+# Statistics of prompts depend on nothing but the hidden states: those of all models and layers are repeated.
+_repeats = Replays()
 
 
 def _logits_of(layer: AttentionLayer) -> dict[str, Any]:
@@ -78,13 +81,22 @@ class ShiftKV(Method):
 
     def observe(self, layer: AttentionLayer, inputs: LayerInput, earlier: PromptSummary | None) -> PromptSummary:
         """Token statistics of all tokens so far, and a copy of the last token's state."""
-        means, squares = token_statistics(inputs.hidden_states, backend=self.config.backend)
+        states = inputs.hidden_states
+        statistics = partial(self._statistics, states)
+        on_gpu = states.device.type == "cuda"
+        means, squares, state = _repeats.run(statistics, (states,), self.config.backend) if on_gpu else statistics()
+        assert means is not None
+        assert squares is not None
+        assert state is not None
         if earlier is not None:
             means = torch.cat([earlier.token_means, means], dim=1)
             squares = torch.cat([earlier.token_squares, squares], dim=1)
-        last = inputs.last
-        # Only the hidden states are this layer's own: a view would keep all of them alive.
-        return PromptSummary(means, squares, LayerInput(last.hidden_states.clone(), last.positions, None, last.valid))
+        return PromptSummary(means, squares, inputs.last_with(state))
+
+    def _statistics(self, hidden_states: torch.Tensor) -> Tensors:
+        # A view of the last token's state would keep all of them alive.
+        last = hidden_states.new_empty((hidden_states.shape[0], 1, hidden_states.shape[2]))
+        return *token_statistics(hidden_states, last=last, backend=self.config.backend), last
 
     def prepare(self, layer: AttentionLayer, summary: PromptSummary, valid: torch.Tensor | None) -> Proxies:
         """Rotated proxies and last query (method, steps 1 to 3)."""

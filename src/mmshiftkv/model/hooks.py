@@ -46,8 +46,12 @@ class LayerInput:
     @property
     def last(self) -> "LayerInput":
         """The part of the last token (no mask)."""
+        return self.last_with(self.hidden_states[:, -1:])
+
+    def last_with(self, hidden_states: torch.Tensor) -> "LayerInput":
+        """The part of the last token (no mask), with a copy of its hidden states, (B, 1, d)."""
         valid = None if self.valid is None else self.valid[:, -1:]
-        return LayerInput(self.hidden_states[:, -1:], self.positions.last, None, valid)
+        return LayerInput(hidden_states, self.positions.last, None, valid)
 
     def copied(self) -> "LayerInput":
         """The same in storage of its own, so that what it was cut from can be freed."""
