@@ -86,9 +86,9 @@ def test_what_does_not_fit_is_said_and_the_rest_is_measured(model, capsys):
     assert capsys.readouterr().err.count("large, 1 x 24: CUDA out of memory. Tried to allocate 40.00 GiB.\n") == 1
 
 
-def test_a_large_batch_that_runs_out_of_memory_while_it_is_compiled_does_not_end_the_run(model, capsys):
-    # Else sizes that changed in other tests are symbols from the first compilation on, and the batch needs no second.
-    torch._dynamo.reset()
+def test_a_large_batch_that_runs_out_of_memory_while_it_is_compiled_does_not_end_the_run(model, capsys, monkeypatch):
+    # outlines, which snippets of the documents import, has errors of a backend passed over in the whole process.
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
 
     def too_large(graph, inputs):
         if any(torch.is_tensor(one) and one.dtype == torch.long and one.shape[:1] == (7,) for one in inputs):
