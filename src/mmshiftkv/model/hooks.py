@@ -75,9 +75,8 @@ class PrefillHooks:
         self._positions: Positions | None = None
         self._left_behind: list[RemovableHandle] = []
         self._thread = 0
-        # Nothing has run yet; then, blocks whose hooks are still to be put on.
-        self._is_untouched = False
-        self._later: range | None = None
+        self._is_untouched = False  # on, and no layer has run
+        self._later: range | None = None  # blocks that get theirs when the first attention layer's has run
         for handles in (self._handles, self._left_behind):
             weakref.finalize(self, _remove_all, handles).atexit = False
 
@@ -98,7 +97,7 @@ class PrefillHooks:
             _attached.add(self)
 
     def attach_later(self, cache: "weakref.ref[Any]") -> None:
-        """Puts on the hooks of the blocks behind the first attention layer; they stay if they are on."""
+        """Puts on the hooks of the blocks behind the first attention layer, once in a pass."""
         with _hook_lock:
             if self._later is not None:
                 self._put_on(self._later, cache)
