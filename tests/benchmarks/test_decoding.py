@@ -86,10 +86,7 @@ def test_what_does_not_fit_is_said_and_the_rest_is_measured(model, capsys):
     assert capsys.readouterr().err.count("large, 1 x 24: CUDA out of memory. Tried to allocate 40.00 GiB.\n") == 1
 
 
-def test_a_large_batch_that_runs_out_of_memory_while_it_is_compiled_does_not_end_the_run(model, capsys, monkeypatch):
-    # outlines, which snippets of the documents import, has errors of a backend passed over in the whole process.
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
-
+def test_a_large_batch_that_runs_out_of_memory_while_it_is_compiled_does_not_end_the_run(model, capsys):
     def too_large(graph, inputs):
         if any(torch.is_tensor(one) and one.dtype == torch.long and one.shape[:1] == (7,) for one in inputs):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40.00 GiB.")
@@ -98,7 +95,9 @@ def test_a_large_batch_that_runs_out_of_memory_while_it_is_compiled_does_not_end
     compiling = CompileConfig(backend=too_large, mode=None)
     compiling._compile_all_devices = True
     plain, failing = dynamic_kind(model), replace(static_kind(model), generate={"compile_config": compiling})
-    rows = [row for rows in decoding.measure(model, [plain, failing], **SMALL, batches=[2, 7]) for row in rows]
+    # outlines, which snippets of the documents import, has errors of a backend passed over in the whole process.
+    with torch._dynamo.config.patch(suppress_errors=False):
+        rows = [row for rows in decoding.measure(model, [plain, failing], **SMALL, batches=[2, 7]) for row in rows]
     assert [(row.batch, row.cache, row.error) for row in rows] == [
         (2, "DynamicCache", None),
         (2, "StaticCache", None),
