@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_cold_start(arguments)
         return
     cold = {way: cold_start(way, arguments) for way in arguments.ways} if arguments.cold else {}
-    from benchmarks.speed.selection import measured_rates
+    from benchmarks.speed.device_work import measured_rates
 
     _, rate = measured_rates(arguments.device)
     model = load(arguments)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.speed import prefill, selection
+from benchmarks.speed.device_work import measured_rates
 from benchmarks.speed.random_models import random_model
 
 PREFILL_REPEATS = 7
@@ -17,7 +18,7 @@ PREFILL_REPEATS = 7
 
 def measure_selection(arguments: argparse.Namespace, device: torch.device) -> tuple[tuple[float, float], list[Any]]:
     """The measured rates, and a row for each method, budget, batch size and length."""
-    rates = selection.measured_rates(device)
+    rates = measured_rates(device)
     cases = [
         (*case, budget)
         for case in itertools.product(arguments.batches, arguments.lengths)
