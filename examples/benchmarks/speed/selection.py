@@ -29,7 +29,6 @@ from shiftkv_kernels import (
     value_scores,
     vote,
 )
-from shiftkv_kernels.reference.values import SINK_SCORE
 
 MASS = 0.95
 GAMMA = 10.0
@@ -91,8 +90,10 @@ class Layer:
             delattr(self, name)
 
     def statistics(self) -> None:
-        """Mean and spread of each token's features."""
-        self.token_means, self.token_squares = token_statistics(self.states, backend=self.backend)
+        """Mean and spread of each token's features, and a copy of the last token's state."""
+        self.last_state = torch.empty_like(self.states[:, -1:], memory_format=torch.contiguous_format)
+        found = token_statistics(self.states, last=self.last_state, backend=self.backend)
+        self.token_means, self.token_squares = found
 
     def samples(self) -> None:
         """Variance-expanded samples, and the last token's state behind them."""
@@ -105,7 +106,7 @@ class Layer:
             seed=0,
             stream=0,
             dtype=self.states.dtype,
-            last=self.states[:, -1:].clone(),
+            last=self.last_state,
             backend=self.backend,
         )
 
@@ -132,10 +133,18 @@ class Layer:
 
     def votes(self) -> None:
         """Scores: votes and the last query's mass."""
-        self.scores = vote(self.mass, MASS, backend=self.backend) + self.last_mass
+        self.scores = vote(self.mass, MASS, self.last_mass, backend=self.backend)
 
     def values_given(self) -> None:
         """Scores: what each token gives to the proxies' and the last query's outputs."""
+        self._score_values(None)
+
+    def values_and_sinks(self) -> None:
+        """The same scores, and which KV heads have an attention sink."""
+        self.has_sink = self.keys.new_empty(self.keys.shape[:2], dtype=torch.bool)
+        self._score_values(self.has_sink)
+
+    def _score_values(self, has_sink: torch.Tensor | None) -> None:
         self.scores = value_scores(
             self.proxies,
             self.last,
@@ -143,6 +152,7 @@ class Layer:
             self.values,
             scaling=self.shapes.head_dim**-0.5,
             last_weight=LAST_QUERY_WEIGHT,
+            has_sink=has_sink,
             backend=self.backend,
         )
 
@@ -155,10 +165,10 @@ class Layer:
         self.stored = gather(self.keys, self.values, self.indices, backend=self.backend)
 
     def refit(self) -> None:
-        """Values refitted to the kept tokens."""
+        """Values refitted to the kept tokens, but for those of heads with a sink."""
         queries, scaling = self.proxies[:, :, : self.shapes.refitted_to], self.shapes.head_dim**-0.5
         outputs = attend(queries, self.keys, self.values, scaling=scaling, backend=self.backend)
-        refitted = refit_values(
+        self.refitted = refit_values(
             queries,
             outputs,
             self.keys,
@@ -167,11 +177,9 @@ class Layer:
             scaling=scaling,
             ridge=RIDGE,
             steps=REFIT_STEPS,
+            unchanged=self.has_sink,
             backend=self.backend,
         )
-        has_sink = (self.scores >= SINK_SCORE).any(dim=-1)
-        plain = gather(self.keys, self.values, self.indices, backend=self.backend)[1]
-        self.refitted = torch.where(has_sink[..., None, None], plain, refitted)
 
     def select(self, method: str) -> None:
         """All steps of a method."""
@@ -203,11 +211,10 @@ class Layer:
 
 
 _QUERIES = ("statistics", "samples", "projection", "rotation")
-_VALUES = (*_QUERIES, "values_given", "kept")
 STEPS = {
     "published": (*_QUERIES, "masses", "votes", "kept", "storage"),
-    "values": (*_VALUES, "storage"),
-    "values, refitted": (*_VALUES, "refit", "storage"),
+    "values": (*_QUERIES, "values_given", "kept", "storage"),
+    "values, refitted": (*_QUERIES, "values_and_sinks", "kept", "refit", "storage"),
 }
 
 
